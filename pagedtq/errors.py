@@ -1,0 +1,127 @@
+"""Every error pagedtq raises on purpose, in one hierarchy.
+
+A message says what was expected, what came, and where. Numbers in a message are also attributes,
+so that a caller can act on them. An operation that raises has changed nothing.
+"""
+
+from __future__ import annotations
+
+
+class PagedTQError(Exception):
+    """Base of all errors raised by pagedtq."""
+
+
+class ArgumentError(PagedTQError, ValueError):
+    """An argument has the wrong value: shape, range, combination."""
+
+
+class ArgumentTypeError(PagedTQError, TypeError):
+    """An argument has the wrong type or dtype."""
+
+
+class ConfigError(ArgumentError):
+    """A configuration contradicts itself or asks for what does not exist."""
+
+
+class UnsupportedError(ArgumentError):
+    """The request is understood and deliberately not supported; the message names what is."""
+
+
+class NonFiniteError(ArgumentError):
+    """Keys, values or queries hold NaN or infinity."""
+
+
+class OverflowingError(ArgumentError):
+    """A value or a vector norm does not fit the type it would be stored in."""
+
+
+class NotUnitNormError(ArgumentError):
+    """A codec in strict unit-norm mode received a vector whose norm is not 1.
+
+    Attributes
+    ----------
+    norm : float
+        The norm that came.
+    """
+
+    def __init__(self, message: str, norm: float) -> None:
+        super().__init__(message)
+        self.norm = norm
+
+
+class SlotError(ArgumentError):
+    """A slot lies outside the pool, appears twice in one mapping, or its page has no owner."""
+
+
+class UnknownSequence(ArgumentError, KeyError):
+    """A sequence id was never opened here, is already closed, or belongs to another cache."""
+
+    # KeyError.__str__ shows the repr of its argument; the message must stay readable.
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+class EvictedError(ArgumentError):
+    """The operation needs positions whose pages were evicted."""
+
+
+class StepError(PagedTQError, RuntimeError):
+    """The call does not fit the state of the open step (or there is none)."""
+
+
+class IntegrityError(PagedTQError, AssertionError):
+    """``check_integrity()`` found a broken invariant: a defect of pagedtq or a foreign write."""
+
+
+class BackendUnavailable(PagedTQError, ImportError):
+    """The requested backend cannot run here; the message says what to install."""
+
+
+class CapacityError(PagedTQError):
+    """A pool cannot serve a request; nothing was taken.
+
+    Attributes
+    ----------
+    need, free, total : int
+        Units asked for, free now, and managed in all.
+    """
+
+    unit = "units"
+    remedy = "close sequences"
+
+    def __init__(self, need: int, free: int, total: int) -> None:
+        super().__init__(f"need {need} {self.unit}, {free} free of {total}; {self.remedy}")
+        self.need = need
+        self.free = free
+        self.total = total
+
+
+class OutOfPages(CapacityError):
+    """The page pool cannot serve a request."""
+
+    unit = "pages"
+    remedy = "evict, close sequences or raise num_pages"
+
+
+class OutOfWindowSlots(CapacityError):
+    """No window slot is left for a sequence that must write its exact window."""
+
+    unit = "window slots"
+    remedy = "close sequences or raise num_window_slots"
+
+
+class WorkloadError(ArgumentError):
+    """A trace file holds a malformed row.
+
+    Attributes
+    ----------
+    path : str
+        The file.
+    line : int
+        The 1-based line of the row.
+    """
+
+    def __init__(self, path: str, line: int, problem: str) -> None:
+        super().__init__(f"{path}:{line}: {problem}")
+        self.path = path
+        self.line = line
