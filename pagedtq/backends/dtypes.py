@@ -93,7 +93,7 @@ def to_storage(values: Float32, kv_dtype: Dtype) -> npt.NDArray[Any]:
         return values
     if kv_dtype == "bf16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
-    return values.astype(np.float16)
+    return _narrow_f16(values)
 
 
 def from_storage(values: npt.NDArray[Any], kv_dtype: Dtype) -> Float32:
@@ -137,6 +137,18 @@ def _widen_f16(bits: npt.NDArray[np.uint16]) -> Float32:
         wide[infinite] |= np.uint32(0x7F800000)
     np.bitwise_or(wide, sign, out=wide)
     return values
+
+
+def _narrow_f16(values: Float32) -> npt.NDArray[np.float16]:
+    # The reverse of `_widen_f16`; exact because the values are float16 values already. The sign
+    # goes through the multiplication unharmed, so both parts come from the same bits.
+    bits = np.multiply(values, np.float32(2.0**-112)).view(np.uint32)
+    sign = np.right_shift(bits, 16)
+    np.bitwise_and(sign, 0x8000, out=sign)
+    np.right_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, 0x7FFF, out=bits)
+    np.bitwise_or(bits, sign, out=bits)
+    return bits.astype(np.uint16).view(np.float16)
 
 
 def _widen_bf16(bits: npt.NDArray[np.uint16]) -> Float32:

@@ -84,3 +84,9 @@ def test_values_that_float16_would_round_to_infinity_are_refused():
             check_range(np.array([0.0, bad], np.float32), "keys", "f16")
     with pytest.raises(OverflowingError, match="bf16"):
         check_range(np.array([3.4e38], np.float32), "keys", "bf16")
+
+
+def test_every_float16_value_is_stored_with_its_own_bits():
+    finite = F16[np.isfinite(F16)]
+    stored = to_storage(as_float32(finite, "x"), "f16")
+    np.testing.assert_array_equal(stored.view(np.uint16), finite.view(np.uint16))
