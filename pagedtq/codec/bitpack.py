@@ -41,6 +41,14 @@ class PackedCodes(NamedTuple):
     signs: Bytes | None
 
 
+def row_bytes(width: int, head_dim: int, stream: str) -> tuple[int, int]:
+    """Return the bytes of a code row and of a sign row (0 where there is none)."""
+    if head_dim % 16 == 0 and width == 3:
+        period = _SIGN_PERIOD[stream]
+        return head_dim // 4, -(-head_dim // (8 * period)) * period
+    return -(-head_dim * width // 8), 0
+
+
 def pack_codes(codes: Bytes, width: int, stream: str) -> PackedCodes:
     """Pack codes as they lie in pages.
 
@@ -95,7 +103,8 @@ def pack(codes: npt.NDArray[Any], width: int) -> Bytes:
     if width > 8:
         wide = np.ascontiguousarray(codes, "<u2")[..., None].view(np.uint8)
         bits = np.unpackbits(wide, axis=-1, bitorder="little")[..., :width]
-        return np.packbits(bits.reshape(*codes.shape[:-1], -1), axis=-1, bitorder="little")
+        flat = bits.reshape(*codes.shape[:-1], count * width)
+        return np.packbits(flat, axis=-1, bitorder="little")
     if width == 8:
         return np.array(codes, np.uint8)
     if width in (2, 4) and count * width % 8 == 0:
@@ -106,7 +115,8 @@ def pack(codes: npt.NDArray[Any], width: int) -> Bytes:
     words = _squeeze(words, 16, 2 * width, 0x0000FFFF0000FFFF)
     words = _squeeze(words, 32, 4 * width, 0x00000000FFFFFFFF)
     packed = words[..., None].view(np.uint8)[..., :width]
-    return np.ascontiguousarray(packed.reshape(*codes.shape[:-1], -1)[..., :row])
+    flat = packed.reshape(*codes.shape[:-1], words.shape[-1] * width)
+    return np.ascontiguousarray(flat[..., :row])
 
 
 def unpack(rows: Bytes, width: int, count: int) -> npt.NDArray[Any]:
@@ -149,7 +159,7 @@ def unpack(rows: Bytes, width: int, count: int) -> npt.NDArray[Any]:
     words = _spread(words, 32, 4 * width, 0x00000000FFFFFFFF)
     words = _spread(words, 16, 2 * width, 0x0000FFFF0000FFFF)
     words = _spread(words, 8, width, 0x00FF00FF00FF00FF)
-    codes = words[..., None].view(np.uint8).reshape(*lead, -1)
+    codes = words[..., None].view(np.uint8).reshape(*lead, groups * 8)
     return np.ascontiguousarray(codes[..., :count])
 
 
@@ -246,8 +256,9 @@ def _pack_sign_rows(codes: Bytes, period: int) -> Bytes:
 
 def _unpack_sign_rows(rows: Bytes, count: int, period: int) -> Bytes:
     lead = rows.shape[:-1]
-    groups = rows.reshape(*lead, -1, 1, period)
-    nibbles = np.concatenate((groups, groups >> 2), axis=-2).reshape(*lead, -1)[..., :count]
+    groups = rows.reshape(*lead, rows.shape[-1] // period, 1, period)
+    nibbles = np.concatenate((groups, groups >> 2), axis=-2)
+    nibbles = nibbles.reshape(*lead, 2 * rows.shape[-1])[..., :count]
     bits = np.array([0, 1, 4, 5], np.uint8)
     signs: Bytes = nibbles[..., None] >> bits & np.uint8(1)
     return signs.reshape(*lead, count * 4)

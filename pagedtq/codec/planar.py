@@ -20,7 +20,8 @@ Array = npt.NDArray[Any]
 #: Bytes of one work array; a tile's few arrays then stay in a core's own cache.
 TILE_BYTES = 1 << 18
 
-_COMPLEX = {4: np.dtype(np.complex64), 8: np.dtype(np.complex128)}
+# Two elements as one number, by the bytes of an element.
+_PAIR = {1: np.dtype(np.uint16), 4: np.dtype(np.uint64), 8: np.dtype(np.complex128)}
 _local = threading.local()
 
 
@@ -48,7 +49,7 @@ def to_planes(rows: Array, planes: Array) -> None:
     """Transpose contiguous ``rows[n, d]`` into ``planes[d/lanes, n*lanes]`` of the same type."""
     if lanes(rows.shape[1]) == 2:
         # Pairs move as one number of twice the size: half the strided copies.
-        pair = _COMPLEX[rows.itemsize]
+        pair = _PAIR[rows.itemsize]
         planes.view(pair)[...] = rows.view(pair).T
     else:
         planes[...] = rows.T
@@ -57,7 +58,7 @@ def to_planes(rows: Array, planes: Array) -> None:
 def to_rows(planes: Array, rows: Array) -> None:
     """Invert `to_planes`."""
     if lanes(rows.shape[1]) == 2:
-        pair = _COMPLEX[rows.itemsize]
+        pair = _PAIR[rows.itemsize]
         rows.view(pair)[...] = planes.view(pair).T
     else:
         rows[...] = planes.T
