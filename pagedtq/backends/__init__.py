@@ -1,1 +1,1 @@
-
+"""Where page bytes live and move: one module per device, same operations, same bytes."""
