@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..config import Dtype
 from ..errors import ArgumentError, ArgumentTypeError, NonFiniteError, OverflowingError
+from .work_arrays import work_array
 
 Float32 = npt.NDArray[np.float32]
 
@@ -57,12 +58,15 @@ def kind_of(array: npt.NDArray[Any], name: str, dtype: Dtype | None) -> Dtype:
     return kind
 
 
-def widen(array: npt.NDArray[Any], kind: Dtype) -> Float32:
-    """Widen data of a known kind to float32 without loss."""
+def widen(array: npt.NDArray[Any], kind: Dtype, out: Float32 | None = None) -> Float32:
+    """Widen data of a known kind to float32 without loss, into ``out`` where that helps."""
     if kind == "f32":
         return np.ascontiguousarray(array)
     bits = np.ascontiguousarray(array).view(np.uint16)
-    return _widen_f16(bits) if kind == "f16" else _widen_bf16(bits)
+    out = np.empty(array.shape, np.float32) if out is None else out
+    wide = out.view(np.uint32)
+    np.copyto(wide, bits)
+    return _widen_f16(wide) if kind == "f16" else _widen_bf16(wide)
 
 
 def largest(array: npt.NDArray[Any], kind: Dtype) -> float:
@@ -87,14 +91,16 @@ def as_float32(array: npt.NDArray[Any], name: str, dtype: Dtype | None = None) -
     return widen(array, kind_of(array, name, dtype))
 
 
-def round_to(values: Float32, kv_dtype: Dtype) -> Float32:
+def round_to(values: Float32, kv_dtype: Dtype, out: Float32 | None = None) -> Float32:
     """Round float32 data to ``kv_dtype``, to nearest with ties to even, keeping float32.
 
-    Finite input only; magnitudes that overflow must have been refused (`check_range`).
+    Finite input only; magnitudes that overflow must have been refused (`check_range`). ``out``
+    receives the result where there is something to round.
     """
     if kv_dtype == "f32":
         return values
-    return _round_f16(values) if kv_dtype == "f16" else _round_bf16(values)
+    out = np.empty(values.shape, np.float32) if out is None else out
+    return _round_f16(values, out) if kv_dtype == "f16" else _round_bf16(values, out)
 
 
 def check_range(values: Float32, name: str, kv_dtype: Dtype) -> None:
@@ -152,21 +158,47 @@ def _where(values: Float32, bad: npt.NDArray[np.bool_]) -> str:
     return f"{values[index]} at index {index}"
 
 
-def _widen_f16(bits: npt.NDArray[np.uint16]) -> Float32:
+def _widen_f16(wide: npt.NDArray[np.uint32]) -> Float32:
     # float16 exponent and fraction moved to float32's place are 2**112 too small, subnormals
     # included; multiplying is exact. Exponent 31 (infinity, NaN) is put right afterwards.
-    wide = bits.astype(np.uint32)
-    np.left_shift(wide, 13, out=wide)
-    sign = np.left_shift(wide, 3)
+    sign = work_array("sign", wide.shape, np.uint32)
+    np.left_shift(wide, 16, out=sign)
     np.bitwise_and(sign, 0x80000000, out=sign)
-    np.bitwise_and(wide, 0x0FFFE000, out=wide)
+    np.bitwise_and(wide, 0x7FFF, out=wide)
+    np.left_shift(wide, 13, out=wide)
     values = wide.view(np.float32)
     np.multiply(values, np.float32(2.0**112), out=values)
     if values.size and values.max() >= 65536.0:
-        infinite = np.bitwise_and(bits, 0x7C00) == 0x7C00
-        wide[infinite] |= np.uint32(0x7F800000)
+        wide[values >= 65536.0] |= np.uint32(0x7F800000)
     np.bitwise_or(wide, sign, out=wide)
     return values
+
+
+def _widen_bf16(wide: npt.NDArray[np.uint32]) -> Float32:
+    np.left_shift(wide, 16, out=wide)
+    return wide.view(np.float32)
+
+
+def _round_f16(values: Float32, out: Float32) -> Float32:
+    # Adding and subtracting 1.5 * 2**(e + 13), e the exponent but at least -14, rounds to
+    # multiples of 2**(e - 10): float16's spacing, its subnormals included.
+    magic = work_array("magic", values.shape, np.uint32)
+    np.bitwise_and(values.view(np.uint32), 0x7F800000, out=magic)
+    np.maximum(magic, np.uint32((127 - 14) << 23), out=magic)
+    np.add(magic, np.uint32((13 << 23) | 0x400000), out=magic)
+    np.add(values, magic.view(np.float32), out=out)
+    np.subtract(out, magic.view(np.float32), out=out)
+    return out
+
+
+def _round_bf16(values: Float32, out: Float32) -> Float32:
+    bits, rounded = values.view(np.uint32), out.view(np.uint32)
+    np.right_shift(bits, 16, out=rounded)
+    np.bitwise_and(rounded, 1, out=rounded)
+    np.add(rounded, 0x7FFF, out=rounded)
+    np.add(rounded, bits, out=rounded)
+    np.bitwise_and(rounded, 0xFFFF0000, out=rounded)
+    return out
 
 
 def _narrow_f16(values: Float32) -> npt.NDArray[np.float16]:
@@ -179,30 +211,3 @@ def _narrow_f16(values: Float32) -> npt.NDArray[np.float16]:
     np.bitwise_and(bits, 0x7FFF, out=bits)
     np.bitwise_or(bits, sign, out=bits)
     return bits.astype(np.uint16).view(np.float16)
-
-
-def _widen_bf16(bits: npt.NDArray[np.uint16]) -> Float32:
-    wide = bits.astype(np.uint32)
-    np.left_shift(wide, 16, out=wide)
-    return wide.view(np.float32)
-
-
-def _round_f16(values: Float32) -> Float32:
-    # Adding and subtracting 1.5 * 2**(e + 13), e the exponent but at least -14, rounds to
-    # multiples of 2**(e - 10): float16's spacing, its subnormals included.
-    magic = np.bitwise_and(values.view(np.uint32), 0x7F800000)
-    np.maximum(magic, np.uint32((127 - 14) << 23), out=magic)
-    np.add(magic, np.uint32((13 << 23) | 0x400000), out=magic)
-    rounded = np.add(values, magic.view(np.float32))
-    np.subtract(rounded, magic.view(np.float32), out=rounded)
-    return rounded
-
-
-def _round_bf16(values: Float32) -> Float32:
-    bits = values.view(np.uint32)
-    rounded = np.right_shift(bits, 16)
-    np.bitwise_and(rounded, 1, out=rounded)
-    np.add(rounded, 0x7FFF, out=rounded)
-    np.add(rounded, bits, out=rounded)
-    np.bitwise_and(rounded, 0xFFFF0000, out=rounded)
-    return rounded.view(np.float32)

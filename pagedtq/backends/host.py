@@ -19,7 +19,7 @@ from .host_chunk import attend_chunk
 from .host_pages import PageBytes
 from .host_score import Scores
 from .host_window import WindowRows, WindowStore
-from .page_reader import Scratch, StreamReader
+from .page_reader import StreamReader
 from .page_writer import PageWriter
 from .queries import (
     PreparedQueries,
@@ -40,7 +40,7 @@ _STREAMS: tuple[Stream, Stream] = ("key", "value")
 # Threads pay off once each has arrays of some hundred kilobytes; below, the GIL hand-off costs
 # more than the second core brings.
 _PARALLEL_TOKENS = 2048
-_STORE_VECTORS = 4096
+_STORE_VECTORS = 2048
 
 
 class HostBackend:
@@ -87,7 +87,6 @@ class HostBackend:
         self.key_means = check_means(key_means, config)
         self.pool: Array = np.zeros(self.layout.pool_bytes, np.uint8)
         self.workers = Workers(num_threads)
-        self.scratch = Scratch()
         layers = range(config.num_layers)
         self.codecs = [self._build_codecs(layer) for layer in layers]
         self.writers = [
@@ -181,7 +180,7 @@ class HostBackend:
         for head in range(self.config.num_kv_heads):
             norms = reader.norms(pages, head)
             assert norms is not None
-            tile = reader.tile(pages, head, self.scratch).reshape(len(pages), size, -1)
+            tile = reader.tile(pages, head).reshape(len(pages), size, -1)
             tile = tile * norms.reshape(len(pages), size, 1)
             bounds[pages, head, 0] = f16_towards(tile.min(axis=1), -np.inf)
             bounds[pages, head, 1] = f16_towards(tile.max(axis=1), np.inf)
@@ -337,7 +336,7 @@ class HostBackend:
         reader = self.readers[layer]
         heads = range(self.config.num_kv_heads)
         keys, values = (
-            np.stack([stream.rows(slots, head, self.scratch) for head in heads], axis=1)
+            np.stack([stream.rows(slots, head) for head in heads], axis=1)
             for stream in (reader.keys, reader.values)
         )
         if key_codec is not None:
@@ -392,7 +391,7 @@ class HostBackend:
                 _STREAMS, self.codecs[layer], self.config.layer_codecs(layer)
             )
         )
-        return PageAttention(keys, values, self.scratch)
+        return PageAttention(keys, values)
 
     def _tokens(
         self, queries: Array, reads: Reads, q_lens: Array | None, window_left: int | None

@@ -12,6 +12,7 @@ from ..codec.turboquant import MAX_NORM, TurboQuantCodec
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, SlotError, UnsupportedError
 from .dtypes import Float32, check_range, check_shape, kind_of, largest, round_to, widen
+from .work_arrays import work_array
 
 Array = npt.NDArray[Any]
 Codecs = tuple[TurboQuantCodec | None, TurboQuantCodec | None]
@@ -39,10 +40,16 @@ class TokenBatch(NamedTuple):
         return len(self.keys)
 
     def vectors(self, stream: Literal["key", "value"], part: slice | Array) -> Float32:
-        """Return some tokens of a stream as float32, rounded to ``kv_dtype``."""
+        """Return some tokens of a stream as float32, rounded to ``kv_dtype``.
+
+        The result is this thread's work array: it lasts until the next call for the stream.
+        """
         raw = (self.keys if stream == "key" else self.values)[part]
-        wide = widen(raw, self.kind)
-        return wide if self.kind == self.kv_dtype else round_to(wide, self.kv_dtype)
+        wide = widen(raw, self.kind, work_array(stream + ".wide", raw.shape, np.float32))
+        if self.kind == self.kv_dtype:
+            return wide
+        out = work_array(stream + ".rounded", raw.shape, np.float32)
+        return round_to(wide, self.kv_dtype, out)
 
 
 def check_tokens(

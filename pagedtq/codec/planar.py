@@ -18,7 +18,7 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 #: Bytes of one work array; a tile's few arrays then stay in a core's own cache.
-TILE_BYTES = 1 << 18
+TILE_BYTES = 1 << 20
 
 # Two elements as one number, by the bytes of an element.
 _PAIR = {1: np.dtype(np.uint16), 4: np.dtype(np.uint64), 8: np.dtype(np.complex128)}
