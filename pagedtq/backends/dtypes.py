@@ -19,7 +19,11 @@ from .work_arrays import work_array
 Float32 = npt.NDArray[np.float32]
 
 #: NumPy type that holds each kv_dtype in memory; bfloat16 travels as its bits.
-STORAGE = {"f16": np.dtype("<f2"), "bf16": np.dtype("<u2"), "f32": np.dtype("<f4")}
+STORAGE: dict[str, np.dtype[Any]] = {
+    "f16": np.dtype("<f2"),
+    "bf16": np.dtype("<u2"),
+    "f32": np.dtype("<f4"),
+}
 
 # Elements of an array that are looked at together.
 _PIECE = 1 << 17

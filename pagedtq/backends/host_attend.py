@@ -252,7 +252,7 @@ class PageAttention:
             return None
         positions = blocks[:, None] * self.page_size + np.arange(self.page_size)
         positions = positions.reshape(-1, 1, self._chunk(len(blocks)))
-        readable = span.allows(positions)
+        readable: Array = span.allows(positions)
         if causal:
             readable = (
                 readable & (positions <= rows.last[:, None]) & (positions >= rows.floor[:, None])
@@ -262,5 +262,5 @@ class PageAttention:
 
 def _cleared(tile: Array, readable: Array) -> Array:
     """Zero the rows no query reads: unwritten exact slots may hold NaN."""
-    used = readable.any(axis=1)[..., None]
+    used = np.asarray(readable.any(axis=1))[..., None]
     return np.asarray(np.where(used, tile, 0).astype(tile.dtype, copy=False))

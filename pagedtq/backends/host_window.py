@@ -19,7 +19,7 @@ from .tokens import TokenBatch
 
 Array = npt.NDArray[Any]
 
-_STREAMS: tuple[Literal["key"], Literal["value"]] = ("key", "value")
+_STREAMS: tuple[Literal["key", "value"], ...] = ("key", "value")
 
 # Elements of one group's keys in the overlay; keeps a group's arrays in cache.
 _GROUP_ELEMENTS = 1 << 19

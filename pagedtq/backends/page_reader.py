@@ -63,7 +63,8 @@ class StreamReader:
         planes = layout.extents[layer].planes
 
         def view(name: str) -> Array:
-            return layout.plane_view(pool, layer, name)
+            plane: Array = layout.plane_view(pool, layer, name)
+            return plane
 
         if isinstance(codec, Exact):
             self._exact = view(stream + "s")
@@ -85,11 +86,13 @@ class StreamReader:
         """Return the stored norms ``[len(pages) * page_size]``, None for exact streams."""
         if isinstance(self.codec, Exact):
             return None
-        return self._norms[pages, head].astype(self.dtype).reshape(-1)
+        norms: Array = self._norms[pages, head].astype(self.dtype).reshape(-1)
+        return norms
 
     def residual_norms(self, pages: Array, head: int) -> Array:
         """Return the stored QJL residual norms ``[len(pages) * page_size]`` (Prod keys)."""
-        return self._residual_norms[pages, head].astype(self.dtype).reshape(-1)
+        norms: Array = self._residual_norms[pages, head].astype(self.dtype).reshape(-1)
+        return norms
 
     def tile(self, pages: Array, head: int) -> Array:
         """Decode pages of one head.
@@ -190,7 +193,7 @@ def _packed_table(
 ) -> Array | None:
     """Build ``[entries, floats]``: the values behind one byte (width 3: byte and sign bits)."""
     bits = codec.code_bits
-    values = table.astype(dtype)
+    values: Array = table.astype(dtype)
     byte = np.arange(256)
     words = head_dim % 16 == 0
     if bits == 8:
@@ -206,7 +209,8 @@ def _packed_table(
         codes = [(entry >> 2 * i & 3) | (entry >> s & 1) << 2 for i, s in enumerate((8, 9, 12, 13))]
         return values[np.stack(codes, 1)]
     if bits in (1, 2, 4) and head_dim * bits % 8 == 0:
-        return values[byte[:, None] >> np.arange(0, 8, bits) & (1 << bits) - 1]
+        codes_in_byte = byte[:, None] >> np.arange(0, 8, bits) & (1 << bits) - 1
+        return np.asarray(values[codes_in_byte])
     return None
 
 
