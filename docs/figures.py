@@ -1,4 +1,4 @@
-"""Draw the figures of the concepts page: ``python docs/figures.py [FOLDER]`` (needs ``plots``).
+"""Draw the figures of the concepts page: ``python -m docs.figures [FOLDER]`` (needs ``plots``).
 
 Byte offsets come from ``PageLayout``, so the page figure cannot drift from the format. Colours are
 chosen to read on light and on dark pages: transparent ground, mid-grey text, dark text on fills.
