@@ -116,7 +116,7 @@ def test_digest_changes_with_text_name_and_boundary():
 def test_missing_kernels_are_one_typed_error(monkeypatch, tmp_path):
     module = tmp_path / "pagedtq" / "backends" / "kernel_source.py"
     monkeypatch.setattr(kernel_source, "__file__", str(module))
-    with pytest.raises(BackendUnavailable, match="expected CUDA sources in .*found none"):
+    with pytest.raises(BackendUnavailable, match=r"expected CUDA sources in .*found none"):
         kernel_source.kernel_folder()
 
 
