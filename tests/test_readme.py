@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+
 from markdown_code import python_blocks, run_blocks
 
 COMMANDS = [

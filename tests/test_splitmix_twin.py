@@ -8,9 +8,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from pagedtq.codec.random_streams import STREAMS, random_signs, random_words, stream_key
 
 from pagedtq.backends import kernel_source
+from pagedtq.codec.random_streams import STREAMS, random_signs, random_words, stream_key
 
 SHIM = """
 #define __device__
