@@ -15,7 +15,7 @@ from .backends.states import merge_states
 from .cache_reports import CacheStats, MemoryReport, cache_stats, memory_report
 from .config import CacheConfig, Dtype
 from .errors import ArgumentError, IntegrityError, StepError
-from .paging.eviction import EvictionPolicy
+from .paging.eviction import EvictionPolicy, apply
 from .paging.page_tables import PageTables
 from .paging.step_plan import SequenceState, StepPlan
 
@@ -129,7 +129,7 @@ class PagedKVCache:
             A policy such as `KeepFirstLast`, or the block indices themselves.
         """
         if isinstance(what, EvictionPolicy):
-            self._freed(what.plan(self.tables, seq_id).apply(self.tables))
+            self._freed(apply(self.tables, what.plan(self.tables, seq_id)))
         else:
             self._freed(self.tables.evict(seq_id, np.asarray(what)))
 
@@ -353,7 +353,14 @@ class PagedKVCache:
         reads = self.tables.reads(ids, overlay)
         table = self.tables.block_table(ids)
         out, lse = self.backend.attend(
-            layer, queries, table, reads, scale, lens, keys, values,
+            layer,
+            queries,
+            table,
+            reads,
+            scale,
+            lens,
+            keys,
+            values,
             soft_cap=soft_cap,
             sink_logits=None if overlay else sink_logits,
             window_left=window_left,
@@ -361,8 +368,13 @@ class PagedKVCache:
         if not overlay:
             return out, lse
         exact = self.backend.attend_window(
-            layer, queries, self.tables.window_slots(ids), self.tables.sink_records(ids),
-            reads, scale, lens,
+            layer,
+            queries,
+            self.tables.window_slots(ids),
+            self.tables.sink_records(ids),
+            reads,
+            scale,
+            lens,
             chunk_apart=keys is not None,
             soft_cap=soft_cap,
             window_left=window_left,
@@ -444,8 +456,10 @@ class PagedKVCache:
             return keys, values, positions
         window = self.backend.windows[layer]
         parts = window.read_positions(
-            int(self.tables.window_slots(ids)[0]), int(self.tables.sink_records(ids)[0]),
-            positions[positions < reads.first[0]], positions[positions >= reads.stop[0]],
+            int(self.tables.window_slots(ids)[0]),
+            int(self.tables.sink_records(ids)[0]),
+            positions[positions < reads.first[0]],
+            positions[positions >= reads.stop[0]],
         )
         (sink_keys, sink_values), (ring_keys, ring_values) = parts
         return (

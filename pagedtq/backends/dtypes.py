@@ -104,6 +104,13 @@ def from_storage(values: npt.NDArray[Any], kv_dtype: Dtype) -> Float32:
     return _widen_f16(bits) if kv_dtype == "f16" else _widen_bf16(bits)
 
 
+def f16_towards(values: npt.NDArray[Any], limit: float) -> npt.NDArray[np.float16]:
+    """Round to float16 towards ``limit`` (-inf or inf), so that a bound stays a bound."""
+    nearest = values.astype(np.float16)
+    wrong = nearest > values if limit < 0 else nearest < values
+    return np.where(wrong, np.nextafter(nearest, np.float16(limit)), nearest)
+
+
 def check_shape(array: Any, name: str, shape: tuple[int | None, ...], meaning: str) -> None:
     """Refuse an array whose shape differs from ``shape`` (None: any length)."""
     actual = getattr(array, "shape", None)

@@ -13,7 +13,7 @@ from ..config import CacheConfig, Dtype, TurboQuant
 from ..errors import ArgumentError, SlotError, UnsupportedError
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
-from .dtypes import Float32, as_float32, check_range, check_shape, round_to
+from .dtypes import Float32, as_float32, check_range, check_shape, f16_towards, round_to
 from .host_attend import PageAttention, Span, span_of
 from .host_chunk import attend_chunk
 from .host_pages import PageBytes
@@ -133,7 +133,7 @@ class HostBackend:
             check_range(wide, name, self.config.kv_dtype)
             rounded = round_to(wide, self.config.kv_dtype)
             if codec is not None:
-                codec.validate(rounded, name)
+                codec.validate(rounded)
             checked.append(rounded)
         return checked[0], checked[1]
 
@@ -216,8 +216,8 @@ class HostBackend:
             assert norms is not None
             tile = reader.tile(pages, head, self.scratch).reshape(len(pages), size, -1)
             tile = tile * norms.reshape(len(pages), size, 1)
-            bounds[pages, head, 0] = _f16_towards(tile.min(axis=1), -np.inf)
-            bounds[pages, head, 1] = _f16_towards(tile.max(axis=1), np.inf)
+            bounds[pages, head, 0] = f16_towards(tile.min(axis=1), -np.inf)
+            bounds[pages, head, 1] = f16_towards(tile.max(axis=1), np.inf)
 
     # -- reading -----------------------------------------------------------------------------
 
@@ -374,13 +374,14 @@ class HostBackend:
             for stream in (reader.keys, reader.values)
         )
         if key_codec is not None:
-            keys = key_codec.unrotate(keys)
-            if key_codec.is_prod:
-                qjl = [reader.keys.qjl_rows(slots, head, self.scratch) for head in heads]
-                keys = keys + key_codec.unproject(np.stack(qjl, axis=1))
+            if key_codec.projection is not None:
+                sketch = np.stack([reader.keys.qjl_rows(slots, head) for head in heads], axis=1)
+                back = key_codec.projection.project_back(sketch)
+                keys = keys + back * self.dtype.type(key_codec.projection.factor)
+            keys = key_codec.rotation.inverse(keys)
             if self.key_means is not None:
                 keys = keys + self.key_means[layer]
-        return keys, values if value_codec is None else value_codec.unrotate(values)
+        return keys, values if value_codec is None else value_codec.rotation.inverse(values)
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -428,8 +429,8 @@ class HostBackend:
                 return None
             return TurboQuantCodec(
                 codec,
-                head_dim=config.head_dim,
-                num_heads=config.num_kv_heads,
+                config.head_dim,
+                config.num_kv_heads,
                 seed=config.seed,
                 layer=layer,
                 stream=stream,
@@ -444,7 +445,7 @@ class HostBackend:
         for stream, codec, config in zip(
             ("key", "value"), self.codecs[layer], self.config.layer_codecs(layer)
         ):
-            table = None if codec is None else codec.table
+            table = None if codec is None else codec.book.table
             streams.append(
                 StreamReader(self.layout, self.pool, layer, stream, config, table, self.dtype)
             )

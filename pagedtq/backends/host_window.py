@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..config import CacheConfig
 from ..paging.table_views import Reads
 from .dtypes import STORAGE, Float32, from_storage, to_storage
+from .host_score import Scores
 
 Array = npt.NDArray[Any]
 
@@ -73,12 +74,71 @@ class WindowStore:
         keys = from_storage(self.ring[slot, :, 0, row], kv_dtype)
         return keys, from_storage(self.ring[slot, :, 1, row], kv_dtype)
 
-    def read_sinks(self, sink_rows: Array) -> tuple[Float32, Float32]:
-        """Return exact keys and values ``[n, num_kv_heads, head_dim]`` of sink rows."""
-        record, row = np.divmod(sink_rows, self.sinks)
+    def read_positions(
+        self, slot: int, record: int, sinks: Array, ring: Array
+    ) -> tuple[tuple[Float32, Float32], tuple[Float32, Float32]]:
+        """Return exact ``(keys, values)`` of sink positions and of ring positions.
+
+        Each is ``[n, num_kv_heads, head_dim]``; the owner of no positions may be -1.
+        """
         kv_dtype = self.config.kv_dtype
-        keys = from_storage(self.sink[record, :, 0, row], kv_dtype)
-        return keys, from_storage(self.sink[record, :, 1, row], kv_dtype)
+        parts = []
+        for store, owner, rows in ((self.sink, record, sinks), (self.ring, slot, ring)):
+            size = max(1, store.shape[3])
+            picked = store[owner][:, :, rows % size].transpose(1, 2, 0, 3)
+            wide = from_storage(picked, kv_dtype)
+            parts.append((wide[0], wide[1]))
+        return parts[0], parts[1]
+
+    def add_scores(
+        self,
+        scores: Scores,
+        queries: Array,
+        window_slots: Array,
+        sink_records: Array,
+        reads: Reads,
+    ) -> Scores:
+        """Put the exact scores of sinks and ring around the scores of the coded body.
+
+        Parameters
+        ----------
+        scores : Scores
+            Of the body.
+        queries : ndarray ``[batch, num_q_heads, head_dim]``
+            One query token per sequence.
+        window_slots, sink_records : ndarray of int32 ``[batch]``
+            Where the exact rows lie, -1 for none.
+        reads : Reads
+            The read ranges.
+        """
+        heads, dtype = self.config.num_kv_heads, scores.values.dtype
+        num_q_heads = len(scores.values)
+        values, positions = [], []
+        for index in range(len(reads.kv_lens)):
+            first, stop, length = (int(f[index]) for f in (reads.first, reads.stop, reads.kv_lens))
+            sinks = np.arange(first)
+            sinks = sinks[(sinks < reads.keep[index]) | (sinks >= reads.start[index])]
+            ring = np.arange(stop, length)
+            rows = self.read_positions(
+                int(window_slots[index]), int(sink_records[index]), sinks, ring
+            )
+            query = queries[index].astype(dtype).reshape(heads, -1, queries.shape[-1])
+            exact = [
+                np.einsum("hgd,nhd->hgn", query, keys.astype(dtype)).reshape(num_q_heads, len(keys))
+                for keys, _ in rows
+            ]
+            body, body_positions = scores.of(index)
+            values += [exact[0], body, exact[1]]
+            positions += [sinks, body_positions, ring]
+        lengths = [len(part) for part in positions]
+        totals = np.add.reduceat(lengths, range(0, len(lengths), 3)) if lengths else lengths
+        indptr = np.cumsum([0, *totals])
+        empty = np.zeros((len(scores.values), 0), dtype)
+        return Scores(
+            np.concatenate([empty, *values], axis=1),
+            indptr,
+            np.concatenate([np.zeros(0, np.int64), *positions]),
+        )
 
     def copy_slots(self, src: Array, dst: Array) -> None:
         """Copy whole rings."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..codec.bitpack import unpack_rows
+from ..codec.bitpack import PackedCodes, unpack_codes
 from ..config import Codec, Exact, TurboQuant
 from ..paging.layout import PageLayout
 from .dtypes import from_storage
@@ -143,11 +143,11 @@ class StreamReader:
             out[chosen] = values if norms is None else values * norms[local[chosen], None]
         return out
 
-    def qjl_rows(self, slots: Array, head: int, scratch: Scratch) -> Array:
+    def qjl_rows(self, slots: Array, head: int) -> Array:
         """Decode the QJL part of single slots: signs times residual norms, ``[n, head_dim]``."""
         page, offset = np.divmod(slots, self.page_size)
         index = self._qjl_signs[page, head, offset].astype(np.intp)
-        signs = self._sign_table[index].reshape(len(slots), -1)[:, : self.head_dim]
+        signs = self._sign_table[index].reshape(len(slots), 8 * index.shape[1])[:, : self.head_dim]
         return np.asarray(signs * self._residual_norms[page, head, offset, None].astype(self.dtype))
 
     @staticmethod
@@ -197,7 +197,8 @@ class StreamReader:
             lead = 1
         rows = np.ascontiguousarray(codes).reshape(tokens, -1)
         sign_rows = None if signs is None else np.ascontiguousarray(signs).reshape(tokens, -1)
-        indices = unpack_rows(rows, sign_rows, self.codec.code_bits, self.head_dim, self.stream)
+        packed = PackedCodes(rows, sign_rows)
+        indices = unpack_codes(packed, self.codec.code_bits, self.head_dim, self.stream)
         values = self._table.astype(self.dtype)[indices]
         return values.reshape(lead, tokens // lead, self.head_dim)
 

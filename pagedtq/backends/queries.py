@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,26 +132,24 @@ def prepare_queries(
     factor = values.dtype.type(scale)
     if codec is None:
         return PreparedQueries(values * factor, None, None)
-    rotated = _by_head(codec.rotate, values)
-    qjl = _by_head(codec.project, rotated) * factor if codec.is_prod else None
-    offset = None
+    flat = values.reshape(len(values), -1, values.shape[-1])
+    rotated = codec.rotation.forward(flat)
+    qjl = offset = None
+    if codec.projection is not None:
+        sketch_scale = values.dtype.type(scale * codec.projection.factor)
+        qjl = (codec.projection.project(rotated) * sketch_scale).reshape(values.shape)
     if mean is not None:
         products = np.einsum("thgd,hd->thg", values.astype(np.float64), mean.astype(np.float64))
         offset = (products * scale).astype(values.dtype)
-    return PreparedQueries(rotated * factor, qjl, offset)
+    return PreparedQueries((rotated * factor).reshape(values.shape), qjl, offset)
 
 
 def unrotate_outputs(codec: TurboQuantCodec | None, outputs: Array) -> Array:
     """Bring outputs ``[tokens, heads, group, head_dim]`` back from the space of stored values."""
-    return outputs if codec is None else _by_head(codec.unrotate, outputs)
-
-
-def _by_head(transform: Callable[[Array], Array], array: Array) -> Array:
-    """Apply a transform of ``[n, heads, head_dim]`` to ``[tokens, heads, group, head_dim]``."""
-    tokens, heads, group, dim = array.shape
-    flat = np.ascontiguousarray(array.transpose(0, 2, 1, 3)).reshape(-1, heads, dim)
-    turned = transform(flat).reshape(tokens, group, heads, dim)
-    return np.ascontiguousarray(turned.transpose(0, 2, 1, 3))
+    if codec is None:
+        return outputs
+    flat = outputs.reshape(len(outputs), -1, outputs.shape[-1])
+    return np.asarray(codec.rotation.inverse(flat).reshape(outputs.shape))
 
 
 def _counts(q_lens: Array, batch: int) -> Array:
