@@ -258,15 +258,15 @@ class PagedKVCache:
         plan = self._open_step("store")
         if layer in self._stored:
             raise StepError(f"layer {layer} is already stored in this step")
-        checked = self.backend.check(layer, keys, values, dtype)
-        if len(checked[0]) != plan.num_tokens:
-            raise ArgumentError(f"the step has {plan.num_tokens} tokens, got {len(checked[0])}")
+        batch = self.backend.check(layer, keys, values, dtype)
+        if len(batch) != plan.num_tokens:
+            raise ArgumentError(f"the step has {plan.num_tokens} tokens, got {len(batch)}")
         if self.config.has_overlay(layer):
             self.backend.seal(layer, plan.seal_rows, plan.seal_mapping)
-            self.backend.write(layer, *checked, plan.store_mapping)
-            self.backend.windows[layer].write(*checked, plan.ring_mapping, plan.sink_mapping)
+            self.backend.write(layer, batch, plan.store_mapping)
+            self.backend.windows[layer].write(batch, plan.ring_mapping, plan.sink_mapping)
         else:
-            self.backend.write(layer, *checked, plan.slot_mapping)
+            self.backend.write(layer, batch, plan.slot_mapping)
         self.backend.write_bounds(layer, plan.filled_pages)
         self._stored.add(layer)
 

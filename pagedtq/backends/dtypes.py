@@ -20,12 +20,15 @@ Float32 = npt.NDArray[np.float32]
 #: NumPy type that holds each kv_dtype in memory; bfloat16 travels as its bits.
 STORAGE = {"f16": np.dtype("<f2"), "bf16": np.dtype("<u2"), "f32": np.dtype("<f4")}
 
+# Elements of an array that are looked at together.
+_PIECE = 1 << 17
+
 # The first magnitude that rounds to infinity: halfway between the largest float16 and 2**16.
 _F16_LIMIT = np.float32(65520.0)
 
 
-def as_float32(array: npt.NDArray[Any], name: str, dtype: Dtype | None = None) -> Float32:
-    """Widen float16, bfloat16 or float32 data to float32 without loss.
+def kind_of(array: npt.NDArray[Any], name: str, dtype: Dtype | None) -> Dtype:
+    """Tell which type the data of an array are.
 
     Parameters
     ----------
@@ -33,7 +36,7 @@ def as_float32(array: npt.NDArray[Any], name: str, dtype: Dtype | None = None) -
         float16, float32, an ``ml_dtypes.bfloat16`` array, or uint16 bits with ``dtype="bf16"``.
     name : str
         What to call the array in an error.
-    dtype : {"f16", "bf16", "f32"}, optional
+    dtype : {"f16", "bf16", "f32"} or None
         Declares what the data are; needed for uint16 only, and checked otherwise.
 
     Raises
@@ -44,16 +47,44 @@ def as_float32(array: npt.NDArray[Any], name: str, dtype: Dtype | None = None) -
     """
     if not isinstance(array, np.ndarray):
         raise ArgumentTypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
-    kind = {"float16": "f16", "float32": "f32", "bfloat16": "bf16"}.get(array.dtype.name)
+    kinds: dict[str, Dtype] = {"float16": "f16", "float32": "f32", "bfloat16": "bf16"}
+    kind = kinds.get(array.dtype.name)
     if array.dtype == np.uint16 and dtype == "bf16":
         kind = "bf16"
     if kind is None or (dtype is not None and kind != dtype):
         wanted = dtype or 'float16, float32, bfloat16, or uint16 with dtype="bf16"'
         raise ArgumentTypeError(f"{name} must be {wanted}, got {array.dtype.name}")
+    return kind
+
+
+def widen(array: npt.NDArray[Any], kind: Dtype) -> Float32:
+    """Widen data of a known kind to float32 without loss."""
     if kind == "f32":
         return np.ascontiguousarray(array)
     bits = np.ascontiguousarray(array).view(np.uint16)
     return _widen_f16(bits) if kind == "f16" else _widen_bf16(bits)
+
+
+def largest(array: npt.NDArray[Any], kind: Dtype) -> float:
+    """Return the largest magnitude; not finite (NaN or inf) if any element is not.
+
+    One pass over the bits: without its sign, a float's bits order like its magnitude, and those of
+    infinity and NaN come last.
+    """
+    if array.size == 0:
+        return 0.0
+    bits = np.ascontiguousarray(array).view(np.uint32 if kind == "f32" else np.uint16).reshape(-1)
+    sign = 1 << (8 * bits.itemsize - 1)
+    top = 0
+    # Cache-sized pieces: the masked copy never leaves the cache.
+    for begin in range(0, bits.size, _PIECE):
+        top = max(top, int(np.bitwise_and(bits[begin : begin + _PIECE], sign - 1).max()))
+    return float(widen(np.array([top], bits.dtype).view(array.dtype), kind)[0])
+
+
+def as_float32(array: npt.NDArray[Any], name: str, dtype: Dtype | None = None) -> Float32:
+    """Widen to float32 without loss what `kind_of` accepts."""
+    return widen(array, kind_of(array, name, dtype))
 
 
 def round_to(values: Float32, kv_dtype: Dtype) -> Float32:
@@ -94,14 +125,6 @@ def to_storage(values: Float32, kv_dtype: Dtype) -> npt.NDArray[Any]:
     if kv_dtype == "bf16":
         return (values.view(np.uint32) >> 16).astype(np.uint16)
     return _narrow_f16(values)
-
-
-def from_storage(values: npt.NDArray[Any], kv_dtype: Dtype) -> Float32:
-    """Convert stored data (`STORAGE`) to float32 without loss."""
-    if kv_dtype == "f32":
-        return np.ascontiguousarray(values)
-    bits = np.ascontiguousarray(values).view(np.uint16)
-    return _widen_f16(bits) if kv_dtype == "f16" else _widen_bf16(bits)
 
 
 def f16_towards(values: npt.NDArray[Any], limit: float) -> npt.NDArray[np.float16]:

@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from ..codec.turboquant import TurboQuantCodec
 from ..config import CacheConfig, Dtype, TurboQuant
-from ..errors import ArgumentError, SlotError, UnsupportedError
+from ..errors import ArgumentError
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
-from .dtypes import Float32, as_float32, check_range, check_shape, f16_towards, round_to
+from .dtypes import check_shape, f16_towards
 from .host_attend import PageAttention, Span, span_of
 from .host_chunk import attend_chunk
 from .host_pages import PageBytes
@@ -29,9 +29,13 @@ from .queries import (
     unrotate_outputs,
 )
 from .states import merge_states
+from .tokens import TokenBatch, check_means, check_slots, check_tokens
 from .workers import Workers
 
 Array = npt.NDArray[Any]
+
+Stream = Literal["key", "value"]
+_STREAMS: tuple[Stream, Stream] = ("key", "value")
 
 # Threads pay off once each has arrays of some hundred kilobytes; below, the GIL hand-off costs
 # more than the second core brings.
@@ -80,7 +84,7 @@ class HostBackend:
         self.config = config
         self.layout = PageLayout(config)
         self.dtype = np.dtype(accumulate)
-        self.key_means = _check_means(key_means, config)
+        self.key_means = check_means(key_means, config)
         self.pool: Array = np.zeros(self.layout.pool_bytes, np.uint8)
         self.workers = Workers(num_threads)
         self.scratch = Scratch()
@@ -98,44 +102,10 @@ class HostBackend:
 
     def check(
         self, layer: int, keys: Array, values: Array, dtype: Dtype | None = None
-    ) -> tuple[Float32, Float32]:
-        """Check tokens and round them to ``kv_dtype``; writes nothing.
-
-        Parameters
-        ----------
-        layer : int
-            The layer.
-        keys, values : ndarray ``[n, num_kv_heads, head_dim]``
-            float16, bfloat16 or float32.
-        dtype : {"f16", "bf16", "f32"}, optional
-            Declares the type (needed for bfloat16 bits in uint16).
-
-        Returns
-        -------
-        keys, values : ndarray of float32
-            What would be stored, before coding.
-
-        Raises
-        ------
-        ArgumentError, ArgumentTypeError, NonFiniteError, OverflowingError, NotUnitNormError
-        """
+    ) -> TokenBatch:
+        """Check tokens of one layer; writes nothing (see `check_tokens`)."""
         self._check_layer(layer)
-        heads, dim = self.config.num_kv_heads, self.config.head_dim
-        check_shape(keys, "keys", (None, heads, dim), "tokens, KV heads, head_dim")
-        if getattr(values, "ndim", 0) == 3 and values.shape[2] != dim:
-            raise UnsupportedError(
-                f"v_head_dim != head_dim is not supported: got {values.shape[2]}, need {dim}"
-            )
-        check_shape(values, "values", (len(keys), heads, dim), "tokens, KV heads, head_dim")
-        checked = []
-        for name, array, codec in zip(("keys", "values"), (keys, values), self.codecs[layer]):
-            wide = as_float32(array, name, dtype)
-            check_range(wide, name, self.config.kv_dtype)
-            rounded = round_to(wide, self.config.kv_dtype)
-            if codec is not None:
-                codec.validate(rounded)
-            checked.append(rounded)
-        return checked[0], checked[1]
+        return check_tokens(self.config, self.codecs[layer], keys, values, dtype)
 
     def store(
         self,
@@ -165,28 +135,25 @@ class HostBackend:
         ArgumentError, ArgumentTypeError, NonFiniteError, OverflowingError, NotUnitNormError
             As `check`. Nothing was written.
         """
-        checked = self.check(layer, keys, values, dtype)
-        slots = self.check_slots(slot_mapping, len(keys))
-        self.write(layer, *checked, slots)
+        batch = self.check(layer, keys, values, dtype)
+        slots = check_slots(self.config, self.page_owners, slot_mapping, len(batch))
+        self.write(layer, batch, slots)
 
-    def write(self, layer: int, keys: Float32, values: Float32, slots: Array) -> None:
-        """Encode tokens that `check` returned into slots that are known to be good."""
+    def write(self, layer: int, batch: TokenBatch, slots: Array) -> None:
+        """Encode checked tokens into slots that are known to be good; negative ones are skipped."""
         chosen = np.flatnonzero(slots >= 0)
-        if not chosen.size:
-            return
-        if chosen.size < slots.size:
-            keys, values, slots = keys[chosen], values[chosen], slots[chosen]
+        whole = chosen.size == slots.size
         writer = self.writers[layer]
-        # Slices begin at even tokens, so that pairs of values stay together.
+        # Pieces begin at even tokens, so that the pairs of values stay together.
         step = max(2, _STORE_VECTORS // self.config.num_kv_heads // 2 * 2)
-        cuts = range(0, len(slots), step)
-        work = [(stream, cut) for cut in cuts for stream in ("key", "value")]
 
-        def encode(item: tuple[str, int]) -> None:
-            part = slice(item[1], item[1] + step)
-            writer.write(item[0], (keys if item[0] == "key" else values)[part], slots[part])
+        def encode(item: tuple[Stream, int]) -> None:
+            stream, begin = item
+            part = slice(begin, begin + step) if whole else chosen[begin : begin + step]
+            writer.write(stream, batch.vectors(stream, part), slots[part])
 
-        self.workers.run(encode, work, parallel=len(slots) * self.config.num_kv_heads >= 1024)
+        work = [(stream, at) for at in range(0, chosen.size, step) for stream in _STREAMS]
+        self.workers.run(encode, work, parallel=len(work) > 2)
 
     def seal(self, layer: int, ring_rows: Array, slot_mapping: Array) -> None:
         """Encode tokens of the exact window into page slots.
@@ -201,7 +168,7 @@ class HostBackend:
             Where it goes.
         """
         if len(ring_rows):
-            self.write(layer, *self.windows[layer].read(ring_rows), slot_mapping)
+            self.write(layer, self.windows[layer].read(ring_rows), slot_mapping)
 
     def write_bounds(self, layer: int, pages: Array) -> None:
         """Write the key bounds of full pages: per rotated channel, rounded outwards to f16."""
@@ -276,11 +243,11 @@ class HostBackend:
             if keys is None or values is None:
                 raise ArgumentError("keys and values of the chunk come together, got only one")
             raw = self.check(layer, keys, values)
-            check_shape(raw[0], "keys", (len(tokens.last), None, None), "one row per query token")
+            check_shape(raw.keys, "keys", (len(tokens.last), None, None), "one row per query token")
             reads = without_chunk(reads, tokens.q_lens)
         state = self._attend_pages(layer, tokens, block_table, reads, sm_scale, soft_cap)
         if raw is not None:
-            chunk = attend_chunk(tokens, *raw, sm_scale, soft_cap)
+            chunk = attend_chunk(tokens, raw, sm_scale, soft_cap)
             state = merge_states((state[0], chunk[0]), (state[1], chunk[1]))
         return finish(*state, sink_logits)
 
@@ -365,7 +332,7 @@ class HostBackend:
             Decoded, in the original space, key means added back.
         """
         self._check_layer(layer)
-        slots = self.check_slots(slots, None)
+        slots = check_slots(self.config, self.page_owners, slots, None)
         key_codec, value_codec = self.codecs[layer]
         reader = self.readers[layer]
         heads = range(self.config.num_kv_heads)
@@ -384,36 +351,6 @@ class HostBackend:
         return keys, values if value_codec is None else value_codec.rotation.inverse(values)
 
     # -- parts -------------------------------------------------------------------------------
-
-    def check_slots(self, slot_mapping: Array, count: int | None) -> Array:
-        """Return a slot mapping as int64 after checking it.
-
-        Raises
-        ------
-        SlotError
-            A slot on the null page, outside the pool, without an owner, or (with ``count``, that
-            is when writing) twice in the mapping.
-        """
-        slots = np.asarray(slot_mapping)
-        if slots.ndim != 1 or slots.dtype.kind not in "iu":
-            raise ArgumentError(f"slots must be integers [n], got {slots.dtype} {slots.shape}")
-        if count is not None and len(slots) != count:
-            raise ArgumentError(f"slot_mapping must have {count} entries, got {len(slots)}")
-        slots = slots.astype(np.int64, copy=False)
-        used = slots[slots >= 0] if count is not None else slots
-        size, total = self.config.page_size, self.config.num_pages
-        bad = used[(used < size) | (used >= size * total)]
-        if bad.size:
-            raise SlotError(f"slots must be in [{size}, {size * total - 1}], got {bad[0]}")
-        if count is not None and np.unique(used).size < used.size:
-            values, counts = np.unique(used, return_counts=True)
-            raise SlotError(f"slot {values[counts > 1][0]} appears twice in slot_mapping")
-        if self.page_owners is not None:
-            pages = used // size
-            ownerless = pages[self.page_owners[pages] == 0]
-            if ownerless.size:
-                raise SlotError(f"page {ownerless[0]} has no owner")
-        return slots
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.config.num_layers:
@@ -441,15 +378,21 @@ class HostBackend:
         return build("key"), build("value")
 
     def _build_reader(self, layer: int) -> PageAttention:
-        streams = []
-        for stream, codec, config in zip(
-            ("key", "value"), self.codecs[layer], self.config.layer_codecs(layer)
-        ):
-            table = None if codec is None else codec.book.table
-            streams.append(
-                StreamReader(self.layout, self.pool, layer, stream, config, table, self.dtype)
+        keys, values = (
+            StreamReader(
+                self.layout,
+                self.pool,
+                layer,
+                stream,
+                config,
+                None if codec is None else codec.book.table,
+                self.dtype,
             )
-        return PageAttention(*streams, self.scratch)
+            for stream, codec, config in zip(
+                _STREAMS, self.codecs[layer], self.config.layer_codecs(layer)
+            )
+        )
+        return PageAttention(keys, values, self.scratch)
 
     def _tokens(
         self, queries: Array, reads: Reads, q_lens: Array | None, window_left: int | None
@@ -532,14 +475,3 @@ def _check_scale(sm_scale: float, soft_cap: float | None) -> None:
         raise ArgumentError(f"sm_scale must be finite, got {sm_scale}")
     if soft_cap is not None and not (np.isfinite(soft_cap) and soft_cap > 0):
         raise ArgumentError(f"soft_cap must be positive and finite, got {soft_cap}")
-
-
-def _check_means(key_means: Array | None, config: CacheConfig) -> Float32 | None:
-    if key_means is None:
-        return None
-    shape = (config.num_layers, config.num_kv_heads, config.head_dim)
-    check_shape(key_means, "key_means", shape, "layers, KV heads, head_dim")
-    means = as_float32(key_means, "key_means").copy()
-    check_range(means, "key_means", "f32")
-    means.setflags(write=False)
-    return means

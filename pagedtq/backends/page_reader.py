@@ -17,7 +17,7 @@ import numpy.typing as npt
 from ..codec.bitpack import PackedCodes, unpack_codes
 from ..config import Codec, Exact, TurboQuant
 from ..paging.layout import PageLayout
-from .dtypes import from_storage
+from .dtypes import widen
 
 Array = npt.NDArray[Any]
 
@@ -118,7 +118,7 @@ class StreamReader:
         """
         tokens = len(pages) * self.page_size
         if isinstance(self.codec, Exact):
-            rows = from_storage(self._exact[pages, head], self.codec.dtype)
+            rows = widen(self._exact[pages, head], self.codec.dtype)
             return rows.astype(self.dtype, copy=False).reshape(1, tokens, self.head_dim)
         codes = self._codes[pages, head]
         signs = None if self._signs is None else self._signs[pages, head]
