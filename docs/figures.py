@@ -21,16 +21,14 @@ GREY, LINE, INK = "#808890", "#8a939c", "#15202b"
 KEYS, VALUES, NORMS = "#7fb3e6", "#f2b36b", "#b9a5e2"
 EXACT, SHARED, EMPTY = "#6cc49a", "#c3c9cf", "none"
 
-mpl.rcParams.update(
-    {
-        "font.family": "DejaVu Sans",
-        "font.size": 9,
-        "text.color": GREY,
-        "svg.hashsalt": "pagedtq",
-        "svg.fonttype": "path",
-        "savefig.transparent": True,
-    }
-)
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": GREY,
+    "svg.hashsalt": "pagedtq",  # the same file from every run
+    "svg.fonttype": "path",
+    "savefig.transparent": True,
+}
 
 
 def box(axes: Axes, x: float, y: float, w: float, h: float, fill: str, text: str = "") -> None:
@@ -197,15 +195,15 @@ def window() -> plt.Figure:
     return figure
 
 
-def main() -> None:
-    """Write ``page.svg`` and ``window.svg``."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "_static"
+def draw_all(folder: Path) -> None:
+    """Write ``page.svg`` and ``window.svg`` into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     for draw in (page, window):
-        figure = draw()
-        figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
+        with mpl.rc_context(STYLE):
+            figure = draw()
+            figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
         plt.close(figure)
 
 
 if __name__ == "__main__":
-    main()
+    draw_all(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "_static")

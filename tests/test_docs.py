@@ -28,3 +28,13 @@ def test_figures_and_pages_that_are_linked_exist(root):
     assert len(links) > 10
     for page, target in links:
         assert (page.parent / target).is_file(), f"{page.name} links {target}"
+
+
+@pytest.mark.slow
+def test_figures_can_be_drawn_again_from_the_layout(root, tmp_path):
+    from docs.figures import draw_all
+
+    draw_all(tmp_path)
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn == {"page.svg", "window.svg"}
+    assert all((root / "docs" / "_static" / name).is_file() for name in drawn)
