@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pagedtq.errors import EvictedError, IntegrityError, UnknownSequence
+from pagedtq.errors import ArgumentError, EvictedError, IntegrityError, UnknownSequence
 from pagedtq.paging import KeepFirstLast, PageTables, eviction
 
 SIZE = 16
@@ -114,6 +114,16 @@ def test_an_evicted_block_becomes_the_null_page_and_nothing_moves():
     assert last.tolist() == [4, 4]
     assert positions.tolist() == [0, 32, 64, 80, 96] * 2
     assert {array.dtype for array in (indptr, indices, last, positions)} == {np.dtype(np.int32)}
+
+
+def test_a_block_can_go_when_the_ring_has_left_it_and_not_a_token_earlier():
+    tables, seq_id = filled(47, window=SIZE)
+    assert tables.state(seq_id).ring_start == 31
+    with pytest.raises(ArgumentError, match="block 1 ends at 32, inside the exact window"):
+        tables.evict(seq_id, [1])
+    tables.commit(tables.reserve([seq_id], 1))
+    assert tables.evict(seq_id, [1]).size == 1
+    tables.check_integrity()
 
 
 def test_the_compressed_form_has_the_last_page_length_of_what_is_left():
