@@ -1,3 +1,32 @@
 """Paged KV cache with TurboQuant-compressed pages."""
 
+from .cache import PagedKVCache
+from .config import (
+    PRESETS,
+    CacheConfig,
+    Codec,
+    Exact,
+    LayerOverride,
+    TurboQuant,
+    json_schema,
+    preset,
+)
+from .errors import PagedTQError
+from .paging.eviction import KeepFirstLast
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "CacheConfig",
+    "Codec",
+    "Exact",
+    "KeepFirstLast",
+    "LayerOverride",
+    "PagedKVCache",
+    "PagedTQError",
+    "TurboQuant",
+    "__version__",
+    "json_schema",
+    "preset",
+]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,15 @@ class EvictionPlan(NamedTuple):
     blocks: Int64
     keep: int
     start: int
+
+
+@runtime_checkable
+class EvictionPolicy(Protocol):
+    """Anything that can plan an eviction."""
+
+    def plan(self, tables: PageTables, seq_id: int) -> EvictionPlan:
+        """Return what to drop from a sequence now; changes nothing."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,21 @@ class TableViews(SequenceRows):
         """Positions whose block has a page, summed over sequences (shared pages count for each)."""
         return int(self._length.sum()) - self.page_size * int(self._evicted.sum())
 
+    @property
+    def logical_tokens(self) -> int:
+        """Tokens of all sequences, evicted ones included."""
+        return int(self._length.sum())
+
+    @property
+    def num_resident_blocks(self) -> int:
+        """Blocks that have a page, summed over sequences (shared pages count for each)."""
+        return int((-(-self._length // self.page_size)).sum()) - int(self._evicted.sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the page tables and per-sequence state."""
+        return int(self._table.nbytes + self._fields.nbytes + self._slot.nbytes)
+
     def resident_lengths(self, seq_ids: Integers) -> Int64:
         """Return the number of positions of each sequence whose block has a page, ``int64[B]``."""
         rows = self._rows_of(seq_ids)
