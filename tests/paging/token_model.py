@@ -7,10 +7,10 @@ Python lists. Two layers are kept: one with the exact overlay, one without (all 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from pagedtq.errors import EvictedError, OutOfPages, OutOfWindowSlots
-from pagedtq.paging import KeepFirstLast, PageTables, StepPlan
-from pagedtq.paging import eviction
+from pagedtq.paging import KeepFirstLast, PageTables, StepPlan, eviction
 
 POISON = -7
 CLEARED = -1
@@ -109,25 +109,21 @@ class TokenCache:
         free, free_slots = tables.pool.num_free, tables.windows.num_free
         if need > free or slots > free_slots:
             before = self.snapshot()
-            try:
-                tables.reserve(seq_ids, num_new)
-            except OutOfPages as error:
-                assert (error.need, error.free) == (need, free)
-                assert error.total == tables.pool.num_pages - 1
-            except OutOfWindowSlots as error:
-                assert need <= free
-                assert (error.need, error.free) == (slots, free_slots)
+            if need > free:
+                expected, numbers = OutOfPages, (need, free, tables.pool.num_pages - 1)
             else:
-                raise AssertionError("a step that does not fit was reserved")
+                expected, numbers = OutOfWindowSlots, (slots, free_slots, tables.windows.num_slots)
+            with pytest.raises(expected) as caught:
+                tables.reserve(seq_ids, num_new)
+            assert (caught.value.need, caught.value.free, caught.value.total) == numbers
             assert before == self.snapshot()
             return False
         plan = tables.reserve(seq_ids, num_new)
         assert tables.pool.num_free == free - need
         assert tables.windows.num_free == free_slots - slots
         assert plan.new_pages.size + plan.copy_dst.size == need
-        assert set(plan.copy_dst) <= set(plan.cow_dst) and len(set(plan.cow_dst)) == len(
-            plan.cow_dst
-        )
+        assert set(plan.copy_dst) <= set(plan.cow_dst)
+        assert len(set(plan.cow_dst)) == plan.cow_dst.size
         assert np.array_equal(tables.lengths(seq_ids), lengths + num_new)
         tokens = np.arange(self.next_token, self.next_token + plan.num_tokens)
         self.next_token += tokens.size
@@ -160,12 +156,10 @@ class TokenCache:
         size, sequence = self.tables.page_size, self.model[seq_id]
         if length % size and length // size in sequence.evicted:
             before = self.snapshot()
-            try:
+            with pytest.raises(EvictedError):
                 self.tables.truncate(seq_id, length)
-            except EvictedError:
-                assert before == self.snapshot()
-                return
-            raise AssertionError("truncated inside an evicted block")
+            assert before == self.snapshot()
+            return
         state = self.tables.state(seq_id)
         self.poison(self.tables.truncate(seq_id, length))
         assert self.tables.state(seq_id) == tuple(min(value, length) for value in state)
@@ -204,7 +198,8 @@ class TokenCache:
 
     def poison(self, freed: np.ndarray) -> None:
         """Overwrite freed pages, so that reading one is noticed."""
-        assert freed.size == np.unique(freed).size and 0 not in freed
+        assert freed.size == np.unique(freed).size
+        assert 0 not in freed
         assert not self.tables.pool.ref_counts[freed].any()
         for layer in self.layers:
             layer.pages.reshape(-1, self.tables.page_size)[freed] = POISON
@@ -268,7 +263,8 @@ class TokenCache:
         for layer in self.layers:
             reads = tables.reads([seq_id], layer.overlay)
             kv_len, first, stop, keep, start = (int(field[0]) for field in reads)
-            assert kv_len == tokens.size and 0 <= first <= stop <= kv_len
+            assert kv_len == tokens.size
+            assert 0 <= first <= stop <= kv_len
             found = np.full(tokens.size, POISON)
             allowed = resident & ((positions < keep) | (positions >= start))
             assert np.array_equal(allowed, readable)
