@@ -96,10 +96,11 @@ def codebook(head_dim: int, width: int) -> Codebook:
     if not 1 <= width <= 8:
         raise ArgumentError(f"codebook width must be in [1, 8], got {width}")
     optimum = lloyd_max(head_dim, width)
+    magnitudes: Floats
     odd_steps = None
     if width in HALF_INTEGER_WIDTHS:
         odd_steps, unit = _half_integer_magnitudes(head_dim, optimum)
-        magnitudes = odd_steps * (unit / 2)
+        magnitudes = odd_steps.astype(np.float64) * (unit / 2)
         relative = odd_steps / 2
     else:
         unit = 1.0
@@ -218,9 +219,7 @@ def _cells(head_dim: int, levels: Floats) -> tuple[Floats, Floats]:
     return nodes, w * width * density(head_dim, nodes) * root * np.cos(t)
 
 
-def _half_integer_magnitudes(
-    head_dim: int, optimum: Floats
-) -> tuple[npt.NDArray[np.int32], float]:
+def _half_integer_magnitudes(head_dim: int, optimum: Floats) -> tuple[npt.NDArray[np.int32], float]:
     """Find odd steps ``2 j + 1`` and the unit (12 significant bits) of least distortion.
 
     Every unit that puts the largest magnitude at ``j <= 127`` is tried; proportional vectors of
