@@ -164,9 +164,8 @@ def lloyd_max(head_dim: int, width: int) -> Floats:
         # d(moment)/d(levels): moving a level moves both borders of its cell by half as much.
         half_gap = np.diff(levels) / 2
         border = half_gap * density(head_dim, levels[:-1] + half_gap) / 2
-        slope = np.diag(border, 1) + np.diag(border, -1) - np.diag(mass)
-        slope += np.diag(np.append(border, 0.0) + np.insert(border, 0, 0.0))
-        step = -np.linalg.solve(slope, moment)
+        diagonal = np.append(border, 0.0) + np.insert(border, 0, 0.0) - mass
+        step = -_solve_tridiagonal(diagonal, border, moment)
         if _ascending(levels + step) and distortion(head_dim, levels + step) <= loss:
             levels = levels + step
         elif np.max(np.abs(step)) > 1e-6:
@@ -176,6 +175,19 @@ def lloyd_max(head_dim: int, width: int) -> Floats:
             break
         loss = distortion(head_dim, levels)
     return levels
+
+
+def _solve_tridiagonal(diagonal: Floats, beside: Floats, right: Floats) -> Floats:
+    """Solve a symmetric tridiagonal system by elimination, in a fixed order."""
+    pivots, solution = diagonal.tolist(), right.tolist()
+    for i, off in enumerate(beside.tolist()):
+        ratio = off / pivots[i]
+        pivots[i + 1] -= ratio * off
+        solution[i + 1] -= ratio * solution[i]
+    solution[-1] /= pivots[-1]
+    for i in range(len(pivots) - 2, -1, -1):
+        solution[i] = (solution[i] - beside[i] * solution[i + 1]) / pivots[i]
+    return np.array(solution)
 
 
 def _ascending(levels: Floats) -> bool:
