@@ -245,7 +245,8 @@ def _warn_dense(head_dim: int) -> None:
 def _hartley(odd: int) -> npt.NDArray[np.float64]:
     """Return the Hartley matrix, entries rounded to float32 values."""
     angle = 2.0 * np.pi / odd * (np.outer(np.arange(odd), np.arange(odd)) % odd)
-    return (np.cos(angle) + np.sin(angle)).astype(np.float32).astype(np.float64)
+    matrix: npt.NDArray[np.float64] = np.cos(angle) + np.sin(angle)
+    return matrix.astype(np.float32).astype(np.float64)
 
 
 def _transform_odd(matrix: Array, planes: Array, spare: Array) -> None:
