@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..codec.turboquant import MAX_NORM, TurboQuantCodec
+from ..codec.turboquant import TurboQuantCodec
+from ..codec.validation import MAX_NORM
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, SlotError, UnsupportedError
 from .dtypes import Float32, check_range, check_shape, kind_of, largest, round_to, widen
