@@ -5,12 +5,12 @@ import warnings
 
 import numpy as np
 import pytest
-from tests.reference import relative_error, scores, softmax_attention
 
 from pagedtq import CacheConfig, Exact, KeepFirstLast, LayerOverride, PagedKVCache, TurboQuant
 from pagedtq.backends.states import merge_states
 from pagedtq.codec import DenseRotationWarning
 from pagedtq.config import PRESETS
+from tests.reference import relative_error, scores, softmax_attention
 
 HEADS = 2
 FORMATS = ("k4v4", "k3v3", "k2v2", "k8v4", "prod4v4", "exact", "wide", "narrow")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pagedtq.backends.dtypes import as_float32, check_range, widen, round_to, to_storage
+from pagedtq.backends.dtypes import as_float32, check_range, round_to, to_storage, widen
 from pagedtq.errors import ArgumentTypeError, NonFiniteError, OverflowingError
 
 F16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
