@@ -45,7 +45,7 @@ def one_step(cache: TokenCache, rng: random.Random) -> None:
 
 @pytest.mark.parametrize(("page_size", "window", "sinks"), SHAPES)
 def test_every_position_reads_its_own_token_after_random_operations(page_size, window, sinks):
-    for seed in range(3):
+    for seed in range(2):
         rng = random.Random(seed)
         cache = TokenCache(page_size, 40, window, sinks, 6 if window else 0)
         for _ in range(250):

@@ -213,6 +213,10 @@ class TokenCache:
         for seq_id in ids:
             resident += self._check_sequence(seq_id)
         assert self.tables.resident_tokens == resident
+        size, sequences = self.tables.page_size, self.model.values()
+        blocks = sum(-(-len(s.tokens) // size) - len(s.evicted) for s in sequences)
+        assert self.tables.num_resident_blocks == blocks
+        assert self.tables.logical_tokens == sum(len(s.tokens) for s in sequences)
         distinct = {int(page) for row in self.tables.block_table(ids) for page in row if page}
         assert self.tables.pool.num_used == len(distinct)
 
