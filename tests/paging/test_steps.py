@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from token_model import TokenCache, snapshot
+from token_model import snapshot
 
 from pagedtq.errors import OutOfPages, OutOfWindowSlots, StepError
 from pagedtq.paging import PageTables
@@ -285,19 +285,3 @@ def test_rows_and_width_grow_without_changing_what_they_hold():
     tables.check_integrity()
     tables.close(more)
     tables.check_integrity()
-
-
-def test_every_token_survives_the_forks_of_one_step():
-    for window, sinks in ((0, 0), (4, 2), (8, 4)):
-        for num_tokens in (1, 3, 4, 5, 9):
-            cache = TokenCache(4, 60, window, sinks, 8 if window else 0)
-            parent = cache.open()
-            cache.append({parent: num_tokens})
-            forks = [cache.fork(parent) for _ in range(3)]
-            cache.append({forks[1]: 1, parent: 6, forks[0]: 0, forks[2]: 4})
-            cache.check()
-            cache.truncate(forks[2], num_tokens // 2)
-            cache.append({forks[0]: 2, forks[2]: 9}, abort=True)
-            cache.check()
-            cache.append({forks[0]: 2, forks[2]: 9})
-            cache.check()

@@ -8,57 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from token_layers import POISON, Layer
 
 from pagedtq.errors import EvictedError, OutOfPages, OutOfWindowSlots
 from pagedtq.paging import KeepFirstLast, PageTables, StepPlan, eviction
-
-POISON = -7
-CLEARED = -1
-
-
-class Layer:
-    """Pages, rings and sinks of one layer, one integer per token."""
-
-    def __init__(self, tables: PageTables, overlay: bool) -> None:
-        self.overlay = overlay
-        self.pages = np.full(tables.pool.num_pages * tables.page_size, POISON)
-        self.rings = np.full(max(tables.windows.num_slots * tables.window_tokens, 1), POISON)
-        self.sinks = np.full(max(tables.windows.num_slots * tables.num_sinks, 1), POISON)
-
-    def begin(self, tables: PageTables, plan: StepPlan) -> None:
-        rows = self.pages.reshape(-1, tables.page_size)
-        rows[plan.new_pages] = CLEARED
-        if not self.overlay:
-            rows[plan.cow_dst] = rows[plan.cow_src]
-            return
-        rows[plan.copy_dst] = rows[plan.copy_src]
-        if tables.window_tokens:
-            rings = self.rings.reshape(-1, tables.window_tokens)
-            rings[plan.window_copy_dst] = rings[plan.window_copy_src]
-        if tables.num_sinks:
-            sinks = self.sinks.reshape(-1, tables.num_sinks)
-            sinks[plan.sink_copy_dst] = sinks[plan.sink_copy_src]
-
-    def store(self, plan: StepPlan, tokens: np.ndarray) -> None:
-        if not self.overlay:
-            self._write(self.pages, plan.slot_mapping, tokens)
-            return
-        self._write(self.pages, plan.seal_mapping, self.rings[plan.seal_rows])
-        self._write(self.pages, plan.store_mapping, tokens)
-        self._write(self.sinks, plan.sink_mapping, tokens)
-        self._write(self.rings, plan.ring_mapping, tokens)
-
-    def abort(self, plan: StepPlan) -> None:
-        if self.overlay:
-            rows, mapping = plan.abort_seal()
-            self._write(self.pages, mapping, self.rings[rows])
-
-    @staticmethod
-    def _write(target: np.ndarray, mapping: np.ndarray, tokens: np.ndarray) -> None:
-        used = mapping >= 0
-        places = mapping[used]
-        assert np.unique(places).size == places.size, "a place is written twice"
-        target[places] = tokens[used]
 
 
 class Sequence:
@@ -213,6 +166,10 @@ class TokenCache:
         for seq_id in ids:
             resident += self._check_sequence(seq_id)
         assert self.tables.resident_tokens == resident
+        size, sequences = self.tables.page_size, self.model.values()
+        blocks = sum(-(-len(s.tokens) // size) - len(s.evicted) for s in sequences)
+        assert self.tables.num_resident_blocks == blocks
+        assert self.tables.logical_tokens == sum(len(s.tokens) for s in sequences)
         distinct = {int(page) for row in self.tables.block_table(ids) for page in row if page}
         assert self.tables.pool.num_used == len(distinct)
 
