@@ -5,9 +5,10 @@ The transform is computed unnormalised, ``raw = sqrt(d) R x``, in a fixed order:
 1. multiply by the head's signs;
 2. butterfly stages of stride 1, 2, 4, ... on the power-of-two part: elements ``i`` and
    ``i + stride`` become their sum and their difference;
-3. for ``d = m 2**k`` in `MIXED_RADIX` (m = 3, 5 or 7), the discrete Hartley matrix ``cas(2 pi a b / m)``,
-   ``cas = cos + sin``, across the m contiguous parts of ``2**k`` elements: part ``a`` becomes
-   ``sum over b`` of ``cas * part b``, b ascending, each product rounded before it is added.
+3. for ``d = m 2**k`` in `MIXED_RADIX` (m = 3, 5 or 7), the discrete Hartley matrix
+   ``cas(2 pi a b / m)``, ``cas = cos + sin``, across the m contiguous parts of ``2**k`` elements:
+   part ``a`` becomes ``sum over b`` of ``cas * part b``, b ascending, each product rounded before
+   it is added.
 
 Signs are mandatory: a Hadamard transform alone maps a constant vector to one coordinate. Other
 dimensions get a dense orthogonal matrix (Gram-Schmidt on Gaussians: a Haar-distributed rotation),
