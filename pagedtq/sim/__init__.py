@@ -1,1 +1,1 @@
-
+"""Replay of request traces: workloads, continuous batching over pages, reports and plots."""
