@@ -23,7 +23,7 @@ Dtype = Literal["f16", "bf16", "f32"]
 def _in_range(name: str, value: int, low: int, high: int) -> None:
     # bool is an int in Python; as a count it is always a mistake.
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} must be an integer, got {type(value).__name__}")
+        raise ConfigError(f"{name} must be a Python int, got {type(value).__name__}")
     if not low <= value <= high:
         raise ConfigError(f"{name} must be in [{low}, {high}], got {value}")
 
@@ -31,6 +31,11 @@ def _in_range(name: str, value: int, low: int, high: int) -> None:
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
+
+
+def _is_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be a bool, got {type(value).__name__}")
 
 
 class TurboQuant(
@@ -76,6 +81,7 @@ class TurboQuant(
         _one_of("projection", self.projection, ("gaussian", "orthogonal"))
         low = 2 if self.estimator == "prod" else 1
         _in_range("bits", self.bits, low, 8)
+        _is_bool("unit_norm", self.unit_norm)
 
     @property
     def code_bits(self) -> int:
@@ -114,6 +120,11 @@ class Exact(
 Codec = TurboQuant | Exact
 
 
+def _is_codec(name: str, value: object) -> None:
+    if not isinstance(value, TurboQuant | Exact):
+        raise ConfigError(f"{name} must be TurboQuant or Exact, got {type(value).__name__}")
+
+
 class LayerOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Codecs of some layers that differ from the rest, such as exact boundary layers.
 
@@ -128,6 +139,13 @@ class LayerOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     layers: tuple[int, ...]
     keys: Codec
     values: Codec
+
+    def __post_init__(self) -> None:
+        _is_codec("keys", self.keys)
+        _is_codec("values", self.values)
+        if not isinstance(self.layers, tuple) or any(type(i) is not int for i in self.layers):
+            kind = type(self.layers).__name__
+            raise ConfigError(f"layers must be a tuple of int, got {kind} {self.layers!r}")
 
 
 class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -185,6 +203,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _in_range("num_kv_heads", self.num_kv_heads, 1, 1 << 16)
         _in_range("head_dim", self.head_dim, 3, 1 << 12)
         _in_range("num_pages", self.num_pages, 2, (1 << 31) - 1)
+        _in_range("page_size", self.page_size, 1, 1 << 16)
         _one_of("page_size", self.page_size, PAGE_SIZES)
         _one_of("kv_dtype", self.kv_dtype, tuple(DTYPE_BYTES))
         _one_of("pool_order", self.pool_order, ("layer_major", "page_major"))
@@ -200,9 +219,16 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _in_range(
             "num_window_slots", self.num_window_slots, 1 if self.window_tokens else 0, 1 << 24
         )
+        _is_bool("key_bounds", self.key_bounds)
         self._check_codecs()
 
     def _check_codecs(self) -> None:
+        _is_codec("keys", self.keys)
+        _is_codec("values", self.values)
+        if not isinstance(self.overrides, tuple) or not all(
+            isinstance(override, LayerOverride) for override in self.overrides
+        ):
+            raise ConfigError(f"overrides must be a tuple of LayerOverride, got {self.overrides!r}")
         seen: set[int] = set()
         for override in self.overrides:
             for layer in override.layers:

@@ -6,9 +6,16 @@ so that a caller can act on them. An operation that raises has changed nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PagedTQError(Exception):
     """Base of all errors raised by pagedtq."""
+
+    # Errors cross process borders; the default would call constructors that want numbers with
+    # nothing but the finished text.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class ArgumentError(PagedTQError, ValueError):
@@ -125,3 +132,12 @@ class WorkloadError(ArgumentError):
         super().__init__(f"{path}:{line}: {problem}")
         self.path = path
         self.line = line
+
+
+def _rebuild(
+    kind: type[PagedTQError], args: tuple[Any, ...], attributes: dict[str, Any]
+) -> PagedTQError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(attributes)
+    return error

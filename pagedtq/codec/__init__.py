@@ -1,1 +1,1 @@
-
+"""TurboQuant as mathematics on vectors: rotation, codebook, packing. Knows nothing of pages."""

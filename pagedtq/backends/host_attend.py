@@ -1,0 +1,268 @@
+"""Attention and scores over coded pages in NumPy: tile by tile, both cores, nothing materialised.
+
+One unit of work is one (sequence, KV head): all query rows of its group read each key and value
+once. A tile of pages is decoded into scratch, scored with small matrix products, folded into a
+running softmax, and forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .page_reader import Scratch, StreamReader
+
+Array = npt.NDArray[Any]
+
+# NumPy's OpenBLAS takes a process-wide lock when a product is large enough for its own threads,
+# which would serialise ours; products over at most this many tokens stay below that size.
+_CHUNK_TOKENS = 128
+_TILE_TOKENS = 4096
+_SCORE_ELEMENTS = 1 << 20
+
+
+class Span(NamedTuple):
+    """What one sequence's queries may read from pages.
+
+    ``pages`` and ``blocks`` list the resident blocks that hold a readable position; ``whole``
+    tells which of them are readable entirely.
+    """
+
+    pages: Array
+    blocks: Array
+    whole: Array
+    first: int
+    stop: int
+    keep: int
+    start: int
+
+    def positions(self, page_size: int) -> Array:
+        """Return the positions of the listed blocks, readable or not: ``[len(pages) * P]``."""
+        return np.asarray((self.blocks[:, None] * page_size + np.arange(page_size)).reshape(-1))
+
+    def allows(self, positions: Array) -> Array:
+        """Whether each position is readable."""
+        inside = (positions >= self.first) & (positions < self.stop)
+        return inside & ((positions < self.keep) | (positions >= self.start))
+
+
+class Rows(NamedTuple):
+    """Query rows of one (sequence, KV head), ready for products with table values.
+
+    Attributes
+    ----------
+    keys : ndarray ``[rows, head_dim]``
+        Queries in the space of the stored keys (rotated for TurboQuant), times the score scale.
+    qjl : ndarray ``[rows, head_dim]`` or None
+        Projected queries times scale and QJL factor (Prod).
+    offset : ndarray ``[rows]`` or None
+        ``scale * q . mean``: what key centring took from every logit.
+    last, floor : ndarray of int64 ``[rows]``
+        Each row reads positions ``floor <= p <= last``.
+    """
+
+    keys: Array
+    qjl: Array | None
+    offset: Array | None
+    last: Array
+    floor: Array
+
+
+def span_of(table_row: Array, page_size: int, reads: tuple[int, int, int, int]) -> Span:
+    """Find the blocks of a sequence that the read ranges touch.
+
+    Parameters
+    ----------
+    table_row : ndarray of int32 ``[max_blocks]``
+        The sequence's page table; 0 where a block was evicted.
+    page_size : int
+        Tokens per page.
+    reads : tuple of int
+        ``first, stop, keep, start``: positions ``[first, stop)`` within
+        ``[0, keep)`` or ``[start, inf)``.
+    """
+    first, stop, keep, start = reads
+    blocks = np.arange(first // page_size, max(-(-stop // page_size), first // page_size))
+    low = np.maximum(blocks * page_size, first)
+    high = np.minimum((blocks + 1) * page_size, stop)
+    touched = (low < np.minimum(high, keep)) | (np.maximum(low, start) < high)
+    uncut = (low == blocks * page_size) & (high == (blocks + 1) * page_size)
+    whole = uncut & ((high <= keep) | (low >= start) | (start <= keep))
+    pages = table_row[blocks]
+    chosen = touched & (pages != 0)
+    return Span(pages[chosen], blocks[chosen], whole[chosen], first, stop, keep, start)
+
+
+class Tile(NamedTuple):
+    """Scores of one tile: ``[chunks, rows, chunk_tokens]``, -inf where not readable."""
+
+    pages: Array
+    scores: Array
+    readable: Array | None
+
+
+class PageAttention:
+    """Score and attend on the pages of one layer.
+
+    Parameters
+    ----------
+    keys, values : StreamReader
+        The layer's streams.
+    scratch : Scratch
+        Per-thread scratch arrays.
+    """
+
+    def __init__(self, keys: StreamReader, values: StreamReader, scratch: Scratch) -> None:
+        self.keys = keys
+        self.values = values
+        self.scratch = scratch
+        self.page_size = keys.page_size
+        self.head_dim = keys.head_dim
+        self.dtype = keys.dtype
+
+    def tiles(self, span: Span, head: int, rows: Rows, soft_cap: float | None) -> Iterator[Tile]:
+        """Yield the scores of a span, tile by tile, in block order."""
+        for part in self._parts(len(span.pages), len(rows.keys)):
+            pages, blocks = span.pages[part], span.blocks[part]
+            cut = not span.whole[part].all()
+            readable = self._readable(span, blocks, rows, cut)
+            scores = self._scores(pages, head, rows, readable)
+            if soft_cap is not None:
+                if rows.offset is not None:
+                    scores += rows.offset[:, None]
+                scores /= soft_cap
+                np.tanh(scores, out=scores)
+                scores *= soft_cap
+            if readable is not None:
+                np.copyto(scores, -np.inf, where=~readable)
+            yield Tile(pages, scores, readable)
+
+    def scores(self, span: Span, head: int, rows: Rows) -> Array:
+        """Return true scores ``[rows, len(span.pages) * page_size]`` of a span's blocks."""
+        count = len(rows.keys)
+        flat = np.empty((count, len(span.pages) * self.page_size), self.dtype)
+        at = 0
+        for tile in self.tiles(span, head, rows, None):
+            part = tile.scores.transpose(1, 0, 2).reshape(count, -1)
+            flat[:, at : at + part.shape[1]] = part
+            at += part.shape[1]
+        if rows.offset is not None:
+            flat += rows.offset[:, None]
+        return flat
+
+    def attend(
+        self, span: Span, head: int, rows: Rows, soft_cap: float | None
+    ) -> tuple[Array, Array]:
+        """Attend over a span.
+
+        Returns
+        -------
+        out : ndarray ``[rows, head_dim]``
+            Normalised, in the space of the stored values.
+        lse : ndarray ``[rows]``
+            Natural log of the denominator, of true logits; -inf where nothing is readable.
+        """
+        count = len(rows.keys)
+        total = np.zeros((count, self.head_dim), self.dtype)
+        top = np.full(count, -np.inf, self.dtype)
+        mass = np.zeros(count, self.dtype)
+        for tile in self.tiles(span, head, rows, soft_cap):
+            peak = np.maximum(top, tile.scores.max(axis=(0, 2)))
+            # Rows that have read nothing yet keep a finite reference: exp(-inf) is then 0.
+            reference = np.where(np.isneginf(peak), 0, peak).astype(self.dtype)
+            weights = tile.scores
+            weights -= reference[:, None]
+            np.exp(weights, out=weights)
+            decay = np.exp(top - reference)
+            mass = mass * decay + weights.sum(axis=(0, 2))
+            total *= decay[:, None]
+            total += self._weighted_values(tile, head, weights)
+            top = peak
+        seen = mass > 0
+        total /= np.where(seen, mass, 1)[:, None]
+        with np.errstate(divide="ignore"):
+            lse = np.where(seen, np.log(mass) + top, -np.inf)
+        if rows.offset is not None and soft_cap is None:
+            lse = lse + rows.offset
+        return total, lse.astype(self.dtype, copy=False)
+
+    def _scores(self, pages: Array, head: int, rows: Rows, readable: Array | None) -> Array:
+        chunk = self._chunk(len(pages))
+        tile = self.keys.tile(pages, head, self.scratch).reshape(-1, chunk, self.head_dim)
+        if readable is not None and self.keys.norms(pages[:1], head) is None:
+            tile = _cleared(tile, readable)
+        shape = (len(tile), len(rows.keys), chunk)
+        scores = self.scratch.get("scores", shape, self.dtype)
+        np.matmul(rows.keys, tile.transpose(0, 2, 1), out=scores)
+        scores *= self._norms(self.keys.norms(pages, head), chunk, readable)
+        if rows.qjl is not None:
+            signs = self.keys.qjl_tile(pages, head, self.scratch).reshape(-1, chunk, self.head_dim)
+            residual = self.scratch.get("residual", shape, self.dtype)
+            np.matmul(rows.qjl, signs.transpose(0, 2, 1), out=residual)
+            residual *= self._norms(self.keys.residual_norms(pages, head), chunk, readable)
+            scores += residual
+        return scores
+
+    def _weighted_values(self, tile: Tile, head: int, weights: Array) -> Array:
+        pages = tile.pages
+        chunks, count, chunk = weights.shape
+        weights *= self._norms(self.values.norms(pages, head), chunk, tile.readable)
+        values = self.values.tile(pages, head, self.scratch)
+        if len(values) == 1:
+            values = values.reshape(chunks, chunk, self.head_dim)
+            if tile.readable is not None:
+                values = _cleared(values, tile.readable)
+            return np.asarray(np.matmul(weights, values).sum(axis=0))
+        # Interleaved pairs come as all even tokens, then all odd ones; so must the weights.
+        halves = self.scratch.get("halves", (2, chunks, count, chunk // 2), self.dtype)
+        np.copyto(halves, weights.reshape(chunks, count, chunk // 2, 2).transpose(3, 0, 1, 2))
+        values = values.reshape(2, chunks, chunk // 2, self.head_dim)
+        return np.asarray(np.matmul(halves, values).sum(axis=(0, 1)))
+
+    def _norms(self, norms: Array | None, chunk: int, readable: Array | None) -> Array | float:
+        if norms is None:
+            return 1.0
+        shaped = norms.reshape(-1, 1, chunk)
+        if readable is not None:
+            # Unwritten slots may hold anything: 0 * NaN must not reach a sum.
+            shaped = np.where(readable.any(axis=1, keepdims=True), shaped, 0)
+        return shaped
+
+    def _parts(self, num_pages: int, num_rows: int) -> Iterator[slice]:
+        """Cut a page list into tiles: whole chunks, then what is left as a chunk of its own."""
+        per_chunk = max(1, _CHUNK_TOKENS // self.page_size)
+        tokens = min(_TILE_TOKENS, _SCORE_ELEMENTS // num_rows)
+        per_tile = max(1, tokens // self.page_size // per_chunk) * per_chunk
+        even = num_pages // per_chunk * per_chunk
+        for begin in range(0, even, per_tile):
+            yield slice(begin, min(begin + per_tile, even))
+        if even < num_pages:
+            yield slice(even, num_pages)
+
+    def _chunk(self, num_pages: int) -> int:
+        per_chunk = max(1, _CHUNK_TOKENS // self.page_size)
+        return (per_chunk if num_pages % per_chunk == 0 else num_pages) * self.page_size
+
+    def _readable(self, span: Span, blocks: Array, rows: Rows, cut: bool) -> Array | None:
+        """Return a mask ``[chunks, rows or 1, chunk]``, None when every position is readable."""
+        low, high = int(blocks[0]) * self.page_size, (int(blocks[-1]) + 1) * self.page_size
+        causal = high - 1 > rows.last.min() or low < rows.floor.max()
+        if not cut and not causal:
+            return None
+        positions = blocks[:, None] * self.page_size + np.arange(self.page_size)
+        positions = positions.reshape(-1, 1, self._chunk(len(blocks)))
+        readable = span.allows(positions)
+        if causal:
+            readable = (
+                readable & (positions <= rows.last[:, None]) & (positions >= rows.floor[:, None])
+            )
+        return np.asarray(readable)
+
+
+def _cleared(tile: Array, readable: Array) -> Array:
+    """Zero the rows no query reads: unwritten exact slots may hold NaN."""
+    used = readable.any(axis=1)[..., None]
+    return np.asarray(np.where(used, tile, 0).astype(tile.dtype, copy=False))

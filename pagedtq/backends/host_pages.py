@@ -1,0 +1,90 @@
+"""Moving whole pages in NumPy: copies, clearing, and slabs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError
+from ..paging.layout import PageLayout
+from .dtypes import check_shape
+
+Array = npt.NDArray[Any]
+
+
+class PageBytes:
+    """Whole-page operations on a pool: all layers and heads at once.
+
+    Parameters
+    ----------
+    layout : PageLayout
+        Where everything lies.
+    pool : ndarray of uint8
+        The pool.
+    """
+
+    def __init__(self, layout: PageLayout, pool: Array) -> None:
+        self._layout = layout
+        self._pool = pool
+        self._layers = [layout.layer_view(pool, i) for i in range(len(layout.extents))]
+        self._norms = [
+            layout.plane_view(pool, layer, name)
+            for layer, extent in enumerate(layout.extents)
+            for name in extent.planes
+            if name.endswith("_norms") or name == "key_bounds"
+        ]
+
+    def copy(self, src: Array, dst: Array) -> None:
+        """Copy pages: ``dst[i]`` becomes ``src[i]``; no page is both source and destination."""
+        self.check(src)
+        self.check(dst)
+        if len(src) != len(dst):
+            raise ArgumentError(f"src and dst must pair up, got {len(src)} and {len(dst)} pages")
+        for view in self._layers:
+            view[dst] = view[src]
+
+    def clear_norms(self, pages: Array) -> None:
+        """Zero the norm planes (and key bounds), so that no stale norm is ever NaN."""
+        self.check(pages)
+        for plane in self._norms:
+            plane[pages] = 0
+
+    def fill(self, pages: Array, byte: int) -> None:
+        """Fill pages with one byte (poison, in debug mode)."""
+        self.check(pages)
+        for view in self._layers:
+            view[pages] = byte
+
+    def gather(self, pages: Array) -> Array:
+        """Copy pages into slabs ``uint8[len(pages), page_bytes]``."""
+        self.check(pages)
+        slabs = np.empty((len(pages), self._layout.page_bytes), np.uint8)
+        for part, view in self._slab_parts(slabs):
+            part[:] = view[pages].reshape(part.shape)
+        return slabs
+
+    def scatter(self, slabs: Array, pages: Array) -> None:
+        """Copy slabs ``uint8[len(pages), page_bytes]`` into pages."""
+        self.check(pages)
+        check_shape(slabs, "slabs", (len(pages), self._layout.page_bytes), "pages, page bytes")
+        for part, view in self._slab_parts(slabs):
+            view[pages] = part.reshape(len(pages), *view.shape[1:])
+
+    def check(self, pages: Array) -> None:
+        """Refuse page ids that are not integers inside the pool (the null page included)."""
+        total = self._layout.config.num_pages
+        if not isinstance(pages, np.ndarray) or pages.dtype.kind not in "iu" or pages.ndim != 1:
+            raise ArgumentError("page ids must be a one-dimensional integer array")
+        if pages.size and not (pages.min() > 0 and pages.max() < total):
+            bad = pages[(pages <= 0) | (pages >= total)][0]
+            raise ArgumentError(f"page ids must be in [1, {total - 1}], got {bad}")
+
+    def _slab_parts(self, slabs: Array) -> list[tuple[Array, Array]]:
+        sizes = self._layout.layer_page_bytes
+        starts = self._layout.slab_offsets
+        return [
+            (slabs[:, start : start + size], view)
+            for start, size, view in zip(starts, sizes, self._layers)
+        ]

@@ -1,0 +1,161 @@
+"""Preparing queries: checks, rotation, key-mean offsets, and the positions each row reads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..codec.turboquant import TurboQuantCodec
+from ..errors import ArgumentError, UnsupportedError
+from ..paging.table_views import Reads
+from .dtypes import as_float32, check_range, check_shape
+from .host_attend import Rows
+
+Array = npt.NDArray[Any]
+
+MAX_GROUP = 64
+
+
+class QueryTokens(NamedTuple):
+    """Checked queries of a batch.
+
+    Attributes
+    ----------
+    values : ndarray ``[tokens, num_kv_heads, group, head_dim]``
+        The queries, unscaled.
+    q_lens : ndarray of int64 ``[batch]``
+        Query tokens of each sequence; they are the last ones of it.
+    last, floor : ndarray of int64 ``[tokens]``
+        A query token reads positions ``floor <= p <= last``.
+    """
+
+    values: Array
+    q_lens: Array
+    last: Array
+    floor: Array
+
+
+def check_queries(
+    queries: Array,
+    reads: Reads,
+    q_lens: Array | None,
+    num_kv_heads: int,
+    head_dim: int,
+    window_left: int | None,
+    dtype: npt.DTypeLike,
+) -> QueryTokens:
+    """Check queries ``[tokens, num_q_heads, head_dim]`` and lay them out by KV head.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError, NonFiniteError
+        Wrong shape, type or content; more query tokens than tokens in a sequence.
+    UnsupportedError
+        A group (query heads per KV head) above 64.
+    """
+    batch = len(reads.kv_lens)
+    lens = np.ones(batch, np.int64) if q_lens is None else _counts(q_lens, batch)
+    check_shape(queries, "queries", (int(lens.sum()), None, head_dim), "tokens, heads, head_dim")
+    num_q_heads = queries.shape[1]
+    if num_q_heads == 0 or num_q_heads % num_kv_heads:
+        raise ArgumentError(
+            f"queries must have a multiple of {num_kv_heads} heads, got {num_q_heads}"
+        )
+    group = num_q_heads // num_kv_heads
+    if group > MAX_GROUP:
+        raise UnsupportedError(f"groups of 1 to {MAX_GROUP} query heads are supported, got {group}")
+    if window_left is not None and window_left < 0:
+        raise ArgumentError(f"window_left must be at least 0, got {window_left}")
+    short = np.flatnonzero(lens > np.maximum(reads.kv_lens, 1 if q_lens is None else 0))
+    if short.size:
+        at = int(short[0])
+        raise ArgumentError(
+            f"sequence {at} of the batch has {reads.kv_lens[at]} tokens, got {lens[at]} queries"
+        )
+    values = as_float32(queries, "queries")
+    check_range(values, "queries", "f32")
+    within = np.arange(len(values)) - np.repeat(np.cumsum(lens) - lens, lens)
+    last = np.repeat(reads.kv_lens - lens, lens) + within
+    floor = np.zeros_like(last) if window_left is None else np.maximum(last - window_left, 0)
+    shaped = values.reshape(-1, num_kv_heads, group, head_dim).astype(dtype, copy=False)
+    return QueryTokens(shaped, lens, last, floor)
+
+
+class PreparedQueries(NamedTuple):
+    """Queries in the space of the stored keys, scaled; what every unit of work slices.
+
+    Attributes
+    ----------
+    keys : ndarray ``[tokens, num_kv_heads, group, head_dim]``
+        Rotated for TurboQuant keys, times the scale.
+    qjl : ndarray of the same shape, or None
+        Projected queries times scale and QJL factor (Prod keys).
+    offset : ndarray ``[tokens, num_kv_heads, group]`` or None
+        ``scale * q . mean``: what key centring takes from every logit.
+    """
+
+    keys: Array
+    qjl: Array | None
+    offset: Array | None
+
+    def rows(self, tokens: QueryTokens, part: slice, head: int) -> Rows:
+        """Return the query rows of one sequence (``part`` of the tokens) and one KV head."""
+        group, dim = self.keys.shape[2:]
+        return Rows(
+            self.keys[part, head].reshape(-1, dim),
+            None if self.qjl is None else self.qjl[part, head].reshape(-1, dim),
+            None if self.offset is None else self.offset[part, head].reshape(-1),
+            np.repeat(tokens.last[part], group),
+            np.repeat(tokens.floor[part], group),
+        )
+
+
+def prepare_queries(
+    tokens: QueryTokens, codec: TurboQuantCodec | None, mean: Array | None, scale: float
+) -> PreparedQueries:
+    """Rotate, project and scale queries for the keys of one layer.
+
+    Parameters
+    ----------
+    tokens : QueryTokens
+        The queries.
+    codec : TurboQuantCodec or None
+        The key codec; None for exact keys.
+    mean : ndarray ``[num_kv_heads, head_dim]`` or None
+        Key mean of the layer.
+    scale : float
+        Logit scale.
+    """
+    values = tokens.values
+    factor = values.dtype.type(scale)
+    if codec is None:
+        return PreparedQueries(values * factor, None, None)
+    flat = values.reshape(len(values), -1, values.shape[-1])
+    rotated = codec.rotation.forward(flat)
+    qjl = offset = None
+    if codec.projection is not None:
+        sketch_scale = values.dtype.type(scale * codec.projection.factor)
+        qjl = (codec.projection.project(rotated) * sketch_scale).reshape(values.shape)
+    if mean is not None:
+        products = np.einsum("thgd,hd->thg", values.astype(np.float64), mean.astype(np.float64))
+        offset = (products * scale).astype(values.dtype)
+    return PreparedQueries((rotated * factor).reshape(values.shape), qjl, offset)
+
+
+def unrotate_outputs(codec: TurboQuantCodec | None, outputs: Array) -> Array:
+    """Bring outputs ``[tokens, heads, group, head_dim]`` back from the space of stored values."""
+    if codec is None:
+        return outputs
+    flat = outputs.reshape(len(outputs), -1, outputs.shape[-1])
+    return np.asarray(codec.rotation.inverse(flat).reshape(outputs.shape))
+
+
+def _counts(q_lens: Array, batch: int) -> Array:
+    lens = np.asarray(q_lens)
+    if lens.shape != (batch,) or lens.dtype.kind not in "iu":
+        raise ArgumentError(f"q_lens must be {batch} integers, got {lens.dtype} {list(lens.shape)}")
+    if (lens < 0).any():
+        raise ArgumentError(f"q_lens must be at least 0, got {lens.min()}")
+    return lens.astype(np.int64)

@@ -1,0 +1,97 @@
+"""Which blocks of a sequence to drop: pure plans, applied atomically."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from .arguments import Int32, Int64, integer
+
+if TYPE_CHECKING:
+    from .page_tables import PageTables
+
+
+class EvictionPlan(NamedTuple):
+    """Blocks to drop and the read boundary to set.
+
+    Attributes
+    ----------
+    seq_id : int
+        The sequence.
+    blocks : int64[n]
+        Blocks, ascending.
+    keep, start : int
+        Positions ``[0, keep)`` and ``[start, inf)`` stay readable.
+    """
+
+    seq_id: int
+    blocks: Int64
+    keep: int
+    start: int
+
+
+@runtime_checkable
+class EvictionPolicy(Protocol):
+    """Anything that can plan an eviction."""
+
+    def plan(self, tables: PageTables, seq_id: int) -> EvictionPlan:
+        """Return what to drop from a sequence now; changes nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeepFirstLast:
+    """Keep the first and the last tokens of a sequence (arXiv 2309.17453), page by page.
+
+    The read boundary is exact to the token; memory is returned in whole blocks, so a block goes
+    when none of its positions is read any more. Tokens in the exact window always stay.
+
+    Parameters
+    ----------
+    first_tokens, last_tokens : int
+        How many to keep.
+    """
+
+    first_tokens: int
+    last_tokens: int
+
+    def __post_init__(self) -> None:
+        integer("first_tokens", self.first_tokens, 0)
+        integer("last_tokens", self.last_tokens, 0)
+
+    def plan(self, tables: PageTables, seq_id: int) -> EvictionPlan:
+        """Return what to drop now; changes nothing.
+
+        Raises
+        ------
+        UnknownSequence
+            If the sequence is not open.
+        """
+        state = tables.state(seq_id)
+        start = min(max(state.length - self.last_tokens, 0), state.ring_start)
+        if start <= self.first_tokens:
+            return EvictionPlan(seq_id, np.empty(0, np.int64), 0, 0)
+        size = tables.page_size
+        # start <= r: whole blocks below it are neither open nor in the ring.
+        first, stop = -(-self.first_tokens // size), start // size
+        pages = tables.block_table(np.array([seq_id]))[0]
+        blocks = first + np.flatnonzero(pages[first:stop])
+        return EvictionPlan(seq_id, blocks, self.first_tokens, start)
+
+
+def apply(tables: PageTables, plan: EvictionPlan) -> Int32:
+    """Drop the blocks of a plan and set its boundary, both or neither.
+
+    Returns
+    -------
+    int32[n]
+        Pages that became free.
+
+    Raises
+    ------
+    PagedTQError
+        As `PageTables.evict`, if the sequence changed so that the plan no longer fits.
+    """
+    return tables.evict(plan.seq_id, plan.blocks, boundary=(plan.keep, plan.start))

@@ -1,0 +1,257 @@
+"""Reference-counted ids with a FIFO queue of the free ones, and the page pool made of them.
+
+The queue is a ring array. Order is that of vLLM's block pool: ids are taken at the head, freed ids
+join the tail in the order given, so that the page that was freed longest ago is reused first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import ArgumentError, CapacityError, IntegrityError, OutOfPages
+from .arguments import Bools, Int32, Int64, Integers, integer, integers
+
+
+class CountedPool:
+    """Ids ``first .. first + count - 1``, each free or held by a number of owners.
+
+    ``first - 1`` stands for "none" and is skipped wherever ids are given.
+
+    Parameters
+    ----------
+    first : int
+        The lowest id: 1 where 0 is the null id, 0 where -1 is.
+    count : int
+        How many ids there are.
+    """
+
+    exhausted: type[CapacityError] = CapacityError
+    noun = "id"
+
+    def __init__(self, first: int, count: int) -> None:
+        self._first, self._count = first, count
+        self._refs = np.zeros(first + count, np.int32)
+        self._queue = np.arange(first, first + count, dtype=np.int32)
+        self._head = 0
+        self._free = count
+        self._shared = 0
+        self._scratch = np.zeros(first + count, np.int64)
+        view = self._refs.view()
+        view.flags.writeable = False
+        self._refs_view = view
+
+    @property
+    def ref_counts(self) -> Int32:
+        """Owners of each id: a read-only view, ``int32[first + count]``."""
+        return self._refs_view
+
+    @property
+    def num_free(self) -> int:
+        """Ids without an owner."""
+        return self._free
+
+    @property
+    def num_used(self) -> int:
+        """Ids with at least one owner."""
+        return self._count - self._free
+
+    @property
+    def num_shared(self) -> int:
+        """Ids with more than one owner."""
+        return self._shared
+
+    def acquire(self, count: int) -> Int32:
+        """Take ``count`` ids from the head of the free queue, each with one owner.
+
+        Returns
+        -------
+        int32[count]
+
+        Raises
+        ------
+        OutOfPages, OutOfWindowSlots
+            If fewer are free.
+        """
+        if type(count) is not int or count < 0:
+            count = integer("count", count, 0)
+        if count > self._free:
+            raise self.exhausted(count, self._free, self._count)
+        if count == 0:
+            return np.empty(0, np.int32)
+        end = self._head + count
+        if end <= self._count:
+            ids = self._queue[self._head : end].copy()
+        else:
+            ids = np.concatenate((self._queue[self._head :], self._queue[: end - self._count]))
+        self._head = end % self._count
+        self._free -= count
+        self._refs[ids] = 1
+        return ids
+
+    def retain(self, ids: Integers) -> None:
+        """Add one owner to each id; one that is given twice gets two.
+
+        Raises
+        ------
+        ArgumentError
+            If an id is out of range or free.
+        """
+        owned = self._owned(ids, "retain")
+        if owned.size == 0:
+            return
+        last = self._last_occurrence(owned)
+        self._shared += int(np.count_nonzero(last & (self._refs[owned] == 1)))
+        if last.all():
+            self._refs[owned] += 1
+        else:
+            np.add.at(self._refs, owned, 1)
+
+    def release(self, ids: Integers) -> Int32:
+        """Take one owner from each id; one that is given twice loses two.
+
+        Ids that lose their last owner join the tail of the free queue in the order given (the
+        last occurrence counts).
+
+        Returns
+        -------
+        int32[freed]
+            Ids that became free, in that order.
+
+        Raises
+        ------
+        ArgumentError
+            If an id is out of range or has fewer owners than it would lose.
+        """
+        owned = self._owned(ids, "release")
+        if owned.size == 0:
+            return np.empty(0, np.int32)
+        before = self._refs[owned]
+        last = self._last_occurrence(owned)
+        if last.all():
+            after = before - 1
+        else:
+            _, inverse, times = np.unique(owned, return_inverse=True, return_counts=True)
+            after = before - times[inverse].astype(np.int32)
+            if int(after.min()) < 0:
+                worst = int(np.argmin(after))
+                raise ArgumentError(
+                    f"release gives {self.noun} {int(owned[worst])} {int(times[inverse[worst]])} "
+                    f"times, but it has {int(before[worst])} owners"
+                )
+        self._refs[owned] = after
+        self._shared -= int(np.count_nonzero(last & (before > 1) & (after <= 1)))
+        freed: Int32 = owned[last & (after == 0)].astype(np.int32)
+        self._enqueue(freed)
+        return freed
+
+    def copied_on_write(self, ids: Int32) -> Bools:
+        """Tell which of several writers must copy, where each owns one reference to its id.
+
+        The writers come in order: one that finds other owners copies and leaves, which lowers the
+        count for the next; the last owner left writes in place.
+
+        Returns
+        -------
+        bool[n]
+            True for the writers that copy.
+        """
+        refs = self._refs[ids]
+        copies: Bools = refs > 1
+        if copies.any():
+            _, inverse, writers = np.unique(ids, return_inverse=True, return_counts=True)
+            copies &= ~(self._last_occurrence(ids) & (writers[inverse] == refs))
+        return copies
+
+    def free_ids(self) -> Int32:
+        """Return the free queue from head to tail, ``int32[num_free]``."""
+        places = (self._head + np.arange(self._free)) % max(self._count, 1)
+        queue: Int32 = self._queue[places]
+        return queue
+
+    def check_integrity(self, expected_refs: Int64 | None = None) -> None:
+        """Prove that queue, counts and (where given) the owners' own count agree.
+
+        Raises
+        ------
+        IntegrityError
+            Naming what is broken and for which id.
+        """
+        free = self.free_ids()
+        waiting = np.zeros(self._refs.size, np.int64)
+        np.add.at(waiting, free, 1)
+        expected = (self._refs == 0).astype(np.int64)
+        expected[: self._first] = 0
+        for broken, problem in (
+            (waiting > 1, "is in the free queue twice"),
+            (waiting != expected, "must be in the free queue exactly if it has no owner"),
+            (self._refs < 0, "has a negative number of owners"),
+        ):
+            if broken.any():
+                raise IntegrityError(f"{self.noun} {int(np.flatnonzero(broken)[0])} {problem}")
+        if self._refs[: self._first].any():
+            raise IntegrityError(f"the null {self.noun} has an owner")
+        if int(np.count_nonzero(self._refs > 1)) != self._shared:
+            raise IntegrityError(f"the number of shared {self.noun}s is wrong: {self._shared}")
+        if expected_refs is not None and not np.array_equal(expected_refs, self._refs):
+            worst = int(np.flatnonzero(expected_refs != self._refs)[0])
+            raise IntegrityError(
+                f"{self.noun} {worst} counts {int(self._refs[worst])} owners, "
+                f"but {int(expected_refs[worst])} hold it"
+            )
+
+    def _enqueue(self, ids: Int32) -> None:
+        if ids.size == 0:
+            return
+        tail = (self._head + self._free) % self._count
+        end = tail + ids.size
+        if end <= self._count:
+            self._queue[tail:end] = ids
+        else:
+            split = self._count - tail
+            self._queue[tail:] = ids[:split]
+            self._queue[: end - self._count] = ids[split:]
+        self._free += ids.size
+
+    def _owned(self, ids: Integers, operation: str) -> Int64:
+        """Return the ids without the skipped "none", checked to be in range and owned."""
+        given = integers(f"{self.noun}s", ids)
+        array: Int64 = given[given != self._first - 1]
+        if array.size == 0:
+            return array
+        if int(array.min()) < self._first or int(array.max()) >= self._refs.size:
+            worst = int(array[(array < self._first) | (array >= self._refs.size)][0])
+            raise ArgumentError(
+                f"{operation}: {self.noun} must be in [{self._first}, {self._refs.size - 1}], "
+                f"got {worst}"
+            )
+        refs = self._refs[array]
+        if not refs.all():
+            worst = int(array[refs == 0][0])
+            raise ArgumentError(f"{operation}: {self.noun} {worst} has no owner")
+        return array
+
+    def _last_occurrence(self, ids: Int32 | Int64) -> Bools:
+        # NumPy keeps the last of several values assigned to one place.
+        order = np.arange(ids.size)
+        self._scratch[ids] = order
+        last: Bools = self._scratch[ids] == order
+        return last
+
+
+class PagePool(CountedPool):
+    """All pages of one memory tier: who owns them, and which are free.
+
+    Page 0 is the null page: never handed out, never released, skipped where given.
+
+    Parameters
+    ----------
+    num_pages : int
+        Pages, the null page included; at least 2.
+    """
+
+    exhausted = OutOfPages
+    noun = "page"
+
+    def __init__(self, num_pages: int) -> None:
+        super().__init__(1, integer("num_pages", num_pages, 2, (1 << 31) - 1) - 1)
+        self.num_pages = self._count + 1

@@ -1,0 +1,205 @@
+"""Sequences, their pages and their exact windows: every operation that changes them.
+
+The rules are those of the exact window (`L, c, r, s` in `SequenceState`), vectorised over a batch.
+Each operation checks everything first and changes after, so that a failed call changes nothing.
+No byte of a page is touched here: a `StepPlan` says what a data plane has to do.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import ArgumentError, EvictedError
+from . import integrity
+from .arguments import Int32, Int64, Integers, integer, integers
+from .steps import Steps
+
+
+class PageTables(Steps):
+    """Page tables of all sequences over one page pool and one window pool.
+
+    Parameters
+    ----------
+    page_size : int
+        Tokens in a page, P.
+    num_pages : int
+        Pages of the pool, the null page 0 included.
+    window_tokens : int
+        Ring rows of a sequence, W; a multiple of ``page_size``, 0 for no window.
+    num_sinks : int
+        First tokens of a sequence kept exact, S; at most ``page_size``, unused without a window.
+    num_window_slots : int
+        Sequences that can own a window at a time; at least 1 with a window, unused without.
+
+    Attributes
+    ----------
+    pool : PagePool
+        Owners of pages.
+    windows : WindowPool
+        Owners of window slots, and the sink record of each block-0 page.
+    """
+
+    def open(self) -> int:
+        """Open an empty sequence and return its id, which is never used again in this process."""
+        return int(self.open_many(1)[0])
+
+    def open_many(self, count: int) -> Int64:
+        """Open ``count`` empty sequences and return their ids, ``int64[count]``."""
+        return self._new_rows(integer("count", count, 0))[0]
+
+    def close(self, seq_ids: int | Integers) -> Int32:
+        """Close sequences: drop their pages, each sequence's last first, and their windows.
+
+        Returns
+        -------
+        int32[n]
+            Pages that became free, in the order in which they joined the free queue.
+        """
+        self._refuse_open_step("close")
+        if isinstance(seq_ids, int | np.integer):
+            rows = np.array([self._row_of(seq_ids)])
+        else:
+            rows = self._rows_of(seq_ids)[1]
+        self.version += 1
+        freed = self._drop_blocks(rows, np.zeros(rows.size, np.int64))
+        if self.window_tokens:
+            self.windows.release(self._slot[rows])
+        self._recycle_rows(rows)
+        return freed
+
+    def fork(self, seq_id: int) -> int:
+        """Open a sequence that shares all pages and the window of another; takes no page."""
+        self._refuse_open_step("fork")
+        self._row_of(seq_id)
+        new_id, new_rows = self._new_rows(1)
+        row, new_row = self._row_of(seq_id), int(new_rows[0])
+        self.version += 1
+        self._fields[:, new_row] = self._fields[:, row]
+        self._table[new_row] = self._table[row]
+        self._slot[new_row] = self._slot[row]
+        self.pool.retain(self._table[row])
+        self.windows.retain(self._slot[row : row + 1])
+        return int(new_id[0])
+
+    def truncate(self, seq_id: int, length: int) -> Int32:
+        """Cut a sequence to its first ``length`` tokens.
+
+        No byte moves; what the ring covers shrinks by what was cut and grows back.
+
+        Returns
+        -------
+        int32[n]
+            Pages that became free, the last block's first.
+
+        Raises
+        ------
+        ArgumentError
+            If ``length`` is negative or above the current length.
+        EvictedError
+            If the new end lies inside an evicted block.
+        """
+        self._refuse_open_step("truncate")
+        row = self._row_of(seq_id)
+        length = integer("length", length, 0, int(self._length[row]))
+        block, offset = divmod(length, self.page_size)
+        if offset and self._table[row, block] == 0:
+            raise EvictedError(
+                f"cannot truncate sequence {seq_id} to {length} tokens: block {block} was evicted; "
+                f"expected a multiple of {self.page_size} or a length inside a resident block"
+            )
+        self.version += 1
+        return self._cut(np.array([row]), np.array([length]))
+
+    def evict(
+        self, seq_id: int, blocks: Integers, boundary: tuple[int, int] | None = None
+    ) -> Int32:
+        """Drop whole blocks of a sequence; the others keep their places and positions.
+
+        Parameters
+        ----------
+        seq_id : int
+            The sequence.
+        blocks : integers
+            Block indices, each at most once: resident, and wholly below the ring's start r (which
+            the open block never is). With block 0 the sinks go.
+        boundary : (keep, start), optional
+            Set the read boundary as well, see `set_start`.
+
+        Returns
+        -------
+        int32[n]
+            Pages that became free; shared ones only lose this owner.
+
+        Raises
+        ------
+        ArgumentError
+            If a block does not exist, is open, is held by the ring, or appears twice.
+        EvictedError
+            If a block was evicted before.
+        """
+        self._refuse_open_step("evict")
+        row = self._row_of(seq_id)
+        dropped = np.sort(self._evictable(seq_id, row, integers("blocks", blocks)))[::-1]
+        if boundary is not None:
+            boundary = self._checked_boundary(seq_id, row, *boundary)
+            self._keep[row], self._start[row] = boundary
+        if dropped.size == 0:
+            return np.empty(0, np.int32)
+        self.version += 1
+        freed = self._release_pages(self._table[row, dropped])
+        self._table[row, dropped] = 0
+        self._evicted[row] += dropped.size
+        if dropped[-1] == 0:
+            self._sinks[row] = 0
+        return freed
+
+    def set_start(self, seq_id: int, keep: int, start: int) -> None:
+        """Let attention read only positions ``[0, keep)`` and ``[start, inf)`` of a sequence.
+
+        Raises
+        ------
+        ArgumentError
+            Unless ``0 <= keep <= start <= r``, the ring's start.
+        """
+        self._refuse_open_step("set_start")
+        row = self._row_of(seq_id)
+        self._keep[row], self._start[row] = self._checked_boundary(seq_id, row, keep, start)
+
+    def check_integrity(self) -> None:
+        """Prove every invariant of the tables and pools; see `integrity.check_tables`.
+
+        Raises
+        ------
+        IntegrityError
+            Naming the first broken invariant.
+        """
+        integrity.check_tables(self)
+
+    def _evictable(self, seq_id: int, row: int, blocks: Int64) -> Int64:
+        size, ring_start = self.page_size, self._ring_start_of(row)
+        count = -(-int(self._length[row]) // size)
+        if np.unique(blocks).size != blocks.size:
+            raise ArgumentError(f"sequence {seq_id}: a block to evict appears twice")
+        for block in blocks.tolist():
+            if not 0 <= block < count:
+                raise ArgumentError(f"sequence {seq_id} has no block {block}, only {count}")
+            if self._table[row, block] == 0:
+                raise EvictedError(f"sequence {seq_id}: block {block} was evicted before")
+            if (block + 1) * size > int(self._length[row]):
+                raise ArgumentError(f"sequence {seq_id}: block {block} is open")
+            if (block + 1) * size > ring_start:
+                raise ArgumentError(
+                    f"sequence {seq_id}: block {block} ends at {(block + 1) * size}, inside the "
+                    f"exact window, which starts at {ring_start}"
+                )
+        return blocks
+
+    def _checked_boundary(self, seq_id: int, row: int, keep: int, start: int) -> tuple[int, int]:
+        keep, start = integer("keep", keep, 0), integer("start", start, 0)
+        ring_start = self._ring_start_of(row)
+        if not keep <= start <= ring_start:
+            raise ArgumentError(
+                f"sequence {seq_id}: expected keep <= start <= {ring_start} (the start of the "
+                f"exact window), got keep {keep}, start {start}"
+            )
+        return keep, start

@@ -1,0 +1,212 @@
+"""Storage of all sequences as a struct of arrays: one row each, recycled, growing by doubling."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from ..errors import ArgumentError, ArgumentTypeError, UnknownSequence
+from .arguments import Int32, Int64, Integers, integer, integers, ranges
+from .page_pool import PagePool
+from .window_pool import WindowPool
+
+#: Low bits of a sequence id that hold its row.
+ROW_BITS = 24
+ROW_MASK = (1 << ROW_BITS) - 1
+
+# One serial per `open`, shared by all tables of the process: with the row below it an id is never
+# used again, and an id of other tables is never mistaken for one of these.
+_serials = itertools.count(1)
+
+
+class SequenceRows:
+    """Rows of sequences, their ids, and the dense page table.
+
+    Row fields (``int64[capacity]``): ``length`` L, ``coded`` c, ``ring_start`` r, ``sinks`` s, the
+    read boundaries ``keep`` and ``start``, and ``evicted``, the number of null entries among the
+    row's blocks. Without a window c, r and s are not kept up to date: they are L, L and 0.
+    ``slot`` (``int32[capacity]``) is the window slot or -1; ``table`` (``int32[capacity, width]``)
+    holds page ids, 0 where a block was evicted and from ``ceil(L / P)`` on. A row without a
+    sequence is all zeros, its slot -1.
+    """
+
+    # Rows of `_fields`, rebound when it grows.
+    _length: Int64
+    _coded: Int64
+    _ring_start: Int64
+    _sinks: Int64
+    _keep: Int64
+    _start: Int64
+    _evicted: Int64
+    _table: Int32
+
+    def __init__(
+        self,
+        page_size: int,
+        num_pages: int,
+        window_tokens: int = 0,
+        num_sinks: int = 0,
+        num_window_slots: int = 0,
+    ) -> None:
+        self.page_size = integer("page_size", page_size, 1)
+        self.window_tokens = integer("window_tokens", window_tokens, 0)
+        if self.window_tokens % self.page_size:
+            raise ArgumentError(
+                f"window_tokens must be a multiple of page_size {page_size}, got {window_tokens}"
+            )
+        # Sinks are part of the overlay: without a window there are none.
+        sinks = integer("num_sinks", num_sinks, 0, self.page_size)
+        self.num_sinks = sinks if self.window_tokens else 0
+        slots = integer("num_window_slots", num_window_slots, 1 if self.window_tokens else 0)
+        self.pool = PagePool(num_pages)
+        self.windows = WindowPool(slots if self.window_tokens else 0, num_pages)
+        #: Grows with every change; tells a `StepPlan` whether its lazy arrays still hold.
+        self.version = 0
+        self._fields = np.zeros((7, 0), np.int64)
+        self._ids = np.empty(0, np.int64)
+        self._slot = np.empty(0, np.int32)
+        self._table = np.zeros((0, 8), np.int32)
+        self._free_rows: list[int] = []
+        self._grow_rows(16)
+
+    @property
+    def num_sequences(self) -> int:
+        """Open sequences."""
+        return self._ids.size - len(self._free_rows)
+
+    def _rows_of(self, seq_ids: Integers) -> tuple[Int64, Int64]:
+        """Return the ids as an array, and their rows; refuse unknown and repeated ones."""
+        ids = integers("seq_ids", seq_ids)
+        rows = ids & ROW_MASK
+        # `take` clips: an id whose row does not exist then meets an id with another row.
+        known = self._ids.take(rows, mode="clip") == ids
+        if not known.all():
+            raise self._unknown(int(ids[~known][0]))
+        if rows.size > 1:
+            order = np.arange(rows.size)
+            # NumPy keeps the last of several values assigned to one place.
+            self._scratch[rows] = order
+            unique = self._scratch.take(rows) == order
+            if not unique.all():
+                raise ArgumentError(
+                    f"sequence {int(ids[~unique][0])} appears twice among {rows.size}"
+                )
+        return ids, rows
+
+    def _row_of(self, seq_id: int) -> int:
+        """Return the row of one sequence."""
+        if isinstance(seq_id, bool | np.bool_) or not isinstance(seq_id, int | np.integer):
+            raise ArgumentTypeError(f"seq_id must be an integer, got {type(seq_id).__name__}")
+        row = int(seq_id) & ROW_MASK
+        if row >= self._ids.size or self._ids[row] != seq_id:
+            raise self._unknown(int(seq_id))
+        return row
+
+    def _unknown(self, seq_id: int) -> UnknownSequence:
+        return UnknownSequence(
+            f"sequence {seq_id} is not open here (never opened, closed, or of another cache; "
+            f"{self.num_sequences} are open)"
+        )
+
+    def _new_rows(self, count: int) -> tuple[Int64, Int64]:
+        """Open ``count`` rows; return their ids and the rows."""
+        if count > len(self._free_rows):
+            self._grow_rows(self.num_sequences + count)
+        start = len(self._free_rows) - count
+        rows = np.array(self._free_rows[start:][::-1], np.int64)
+        del self._free_rows[start:]
+        ids = (next(_serials) << ROW_BITS) | rows
+        self._ids[rows] = ids
+        return ids, rows
+
+    def _recycle_rows(self, rows: Int64) -> None:
+        """Close rows whose pages and slots are gone already."""
+        self._ids[rows] = -1
+        self._fields[:, rows] = 0
+        self._slot[rows] = -1
+        self._free_rows.extend(rows[::-1].tolist())
+
+    def _grow_rows(self, needed: int) -> None:
+        old = self._ids.size
+        new = max(2 * old, needed)
+        if new > ROW_MASK:
+            raise ArgumentError(f"at most {ROW_MASK} sequences can be open, {needed} needed")
+        fields = np.zeros((self._fields.shape[0], new), np.int64)
+        fields[:, :old] = self._fields
+        table = np.zeros((new, self._table.shape[1]), np.int32)
+        table[:old] = self._table
+        self._fields, self._table = fields, table
+        self._length, self._coded, self._ring_start, self._sinks = fields[:4]
+        self._keep, self._start, self._evicted = fields[4:]
+        self._ids = np.concatenate((self._ids, np.full(new - old, -1, np.int64)))
+        self._slot = np.concatenate((self._slot, np.full(new - old, -1, np.int32)))
+        self._scratch = np.zeros(new, np.int64)
+        # The last one is taken first: low rows before high ones.
+        self._free_rows[:0] = range(new - 1, old - 1, -1)
+
+    def _grow_width(self, blocks: int) -> None:
+        width = self._table.shape[1]
+        if blocks > width:
+            table = np.zeros((self._table.shape[0], max(2 * width, blocks)), np.int32)
+            table[:, :width] = self._table
+            self._table = table
+
+    def _cut(self, rows: Int64, lengths: Int64) -> Int32:
+        """Truncate rows; return the pages that became free."""
+        freed = self._drop_blocks(rows, lengths)
+        self._fields[:4, rows] = np.minimum(self._fields[:4, rows], lengths)
+        ring_start = self._ring_start[rows] if self.window_tokens else lengths
+        start = np.minimum(self._start[rows], ring_start)
+        self._start[rows] = start
+        self._keep[rows] = np.minimum(self._keep[rows], start)
+        return freed
+
+    def _drop_blocks(self, rows: Int64, lengths: Int64) -> Int32:
+        """Drop the blocks behind ``lengths``: row by row, each row's last block first."""
+        size = self.page_size
+        stop = (self._length[rows] + (size - 1)) // size
+        counts = stop - (lengths + (size - 1)) // size
+        into = np.repeat(rows, counts)
+        blocks = np.repeat(stop - 1, counts) - ranges(counts)
+        pages = self._table[into, blocks]
+        self._table[into, blocks] = 0
+        evicted = into[pages == 0]
+        if evicted.size:
+            np.subtract.at(self._evicted, evicted, 1)
+        return self._release_pages(pages)
+
+    def _release_pages(self, pages: Int32) -> Int32:
+        freed = self.pool.release(pages)
+        if self.num_sinks and freed.size:
+            self.windows.release_records(freed)
+        return freed
+
+    def _ring_start_of(self, row: int) -> int:
+        return int(self._ring_start[row] if self.window_tokens else self._length[row])
+
+    # Row-level views: for `StepPlan`, which holds rows instead of ids.
+
+    def row_pages(self, rows: Int64, blocks: Int64) -> Int32:
+        """Return the page of each (row, block), 0 where it was evicted, ``int32[n]``."""
+        pages: Int32 = self._table[rows, blocks]
+        return pages
+
+    def page_slots(self, rows: Int64, positions: Int64) -> Int64:
+        """Return the page slot of each (row, position), -1 where it was evicted, ``int64[n]``."""
+        blocks, offsets = np.divmod(positions, self.page_size)
+        pages = self.row_pages(rows, blocks).astype(np.int64)
+        return np.where(pages > 0, pages * self.page_size + offsets, -1)
+
+    def ring_rows(self, rows: Int64, positions: Int64) -> Int64:
+        """Return the ring row of each (row, position), -1 without a slot, ``int64[n]``."""
+        if not self.window_tokens:
+            return np.full(positions.size, -1, np.int64)
+        slots = self._slot[rows].astype(np.int64)
+        places = slots * self.window_tokens + positions % self.window_tokens
+        return np.where(slots >= 0, places, -1)
+
+    def row_sink_records(self, rows: Int64) -> Int32:
+        """Return the sink record of each row's block 0, -1 without one, ``int32[n]``."""
+        records: Int32 = self.windows.sink_record[self._table[rows, 0]]
+        return records

@@ -1,0 +1,202 @@
+"""A step: reserve pages and window slots for new tokens, then commit or abort."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import OutOfPages, OutOfWindowSlots, StepError
+from .arguments import Bools, Int32, Int64, Integers, ranges, token_counts
+from .step_plan import NO_COPIES, PageCopies, SequenceState, StepPlan
+from .table_views import TableViews
+
+
+class Steps(TableViews):
+    """Appending to a batch of sequences; at most one step is open at a time."""
+
+    _step: StepPlan | None = None
+
+    def reserve(self, seq_ids: Integers, num_new_tokens: int | Integers) -> StepPlan:
+        """Open a step that appends tokens to a batch of sequences; all of it or nothing.
+
+        Pages and window slots that are shared with other sequences and would be written are left
+        for new ones (copy on write). Where several members of the batch share one, they come in
+        the order of the batch, and the last owner left writes in place.
+
+        Parameters
+        ----------
+        seq_ids : integers [B]
+            Sequences, each at most once.
+        num_new_tokens : int or integers [B]
+            Tokens to append to each, 0 included.
+
+        Returns
+        -------
+        StepPlan
+            The open step. The state is that after the append already.
+
+        Raises
+        ------
+        UnknownSequence, ArgumentError, ArgumentTypeError
+            For bad ids or counts.
+        StepError
+            If a step is open.
+        OutOfPages, OutOfWindowSlots
+            If the step as a whole does not fit.
+        """
+        self._refuse_open_step("reserve")
+        ids, rows = self._rows_of(seq_ids)
+        num_new = token_counts("num_new_tokens", num_new_tokens, rows.size)
+        size = self.page_size
+        old = self._states(rows)
+        new = self._after_append(old, num_new)
+        blocks = (old.length + (size - 1)) // size
+        blocks_after = (new.length + (size - 1)) // size
+        fresh = blocks_after - blocks
+        leaving = self._leaving_pages(rows, old.length, num_new)
+        need = int(fresh.sum()) + leaving.size
+        if need > self.pool.num_free:
+            raise OutOfPages(need, self.pool.num_free, self.pool.num_pages - 1)
+        slot_members, slot_copies = self._entering_slots(rows, num_new)
+        if slot_members.size > self.windows.num_free:
+            free, total = self.windows.num_free, self.windows.num_slots
+            raise OutOfWindowSlots(slot_members.size, free, total)
+        if need:
+            self._grow_width(int(blocks_after.max()))
+        # Nothing fails from here on.
+        self.version += 1
+        pages = self.pool.acquire(need)
+        cow = copies = sink_copies = NO_COPIES
+        fresh_pages = new_pages = pages
+        if leaving.size:
+            taken = fresh.copy()
+            taken[leaving] += 1
+            places = (np.cumsum(taken) - taken)[leaving]
+            fresh_pages = np.delete(pages, places)
+            at = rows[leaving], old.length[leaving] // size
+            cow = PageCopies(self._table[at], pages[places])
+            self._table[at] = cow.dst
+            self.pool.release(cow.src)
+            coded = old.coded[leaving] > at[1] * size
+            copies = PageCopies(cow.src[coded], cow.dst[coded])
+            new_pages = np.delete(pages, places[coded])
+            if self.num_sinks:
+                sink_copies = self._copy_sinks(cow, at[1] == 0, old.num_sinks[leaving] > 0)
+        if fresh_pages.size:
+            self._enter_pages(rows, blocks, fresh, fresh_pages)
+        window_copies = self._take_slots(rows, old, slot_members, slot_copies)
+        self._length[rows] = new.length
+        if self.window_tokens:
+            self._coded[rows] = new.coded
+            self._ring_start[rows] = new.ring_start
+            self._sinks[rows] = new.num_sinks
+        self._step = StepPlan(
+            self, ids, rows, num_new, old, new, new_pages, cow, copies, window_copies, sink_copies
+        )
+        return self._step
+
+    def commit(self, plan: StepPlan) -> None:
+        """Close the open step; its tokens stay.
+
+        Raises
+        ------
+        StepError
+            If ``plan`` is not the open step.
+        """
+        self._end_step(plan, "commit")
+
+    def abort(self, plan: StepPlan) -> Int32:
+        """Close the open step and truncate its sequences to their old lengths.
+
+        Copies on write are kept. A layer that was not stored must first encode
+        `StepPlan.abort_seal`.
+
+        Returns
+        -------
+        int32[n]
+            Pages that became free.
+
+        Raises
+        ------
+        StepError
+            If ``plan`` is not the open step.
+        """
+        self._end_step(plan, "abort")
+        return self._cut(plan.rows, plan.old.length)
+
+    def _refuse_open_step(self, operation: str) -> None:
+        if self._step is not None:
+            raise StepError(f"{operation} must wait: a step is open, commit or abort it first")
+
+    def _end_step(self, plan: StepPlan, operation: str) -> None:
+        if self._step is None or plan is not self._step:
+            state = "no step is open" if self._step is None else "another step is open"
+            raise StepError(f"cannot {operation} this plan: {state}")
+        self._step = None
+
+    def _after_append(self, old: SequenceState[Int64], num_new: Int64) -> SequenceState[Int64]:
+        length = old.length + num_new
+        if not self.window_tokens:
+            return SequenceState(length, length, length, old.num_sinks)
+        coded = np.maximum(old.coded, length // self.page_size * self.page_size)
+        ring_start = np.maximum(old.ring_start, length - self.window_tokens)
+        sinks = old.num_sinks
+        if self.num_sinks and old.length.size and int(old.length.min()) < self.num_sinks:
+            # Sinks grow while every token so far is one; never again once block 0 was evicted.
+            growing = sinks == old.length
+            sinks = np.where(growing, np.minimum(length, self.num_sinks), sinks)
+        return SequenceState(length, coded, ring_start, sinks)
+
+    def _leaving_pages(self, rows: Int64, length: Int64, num_new: Int64) -> Int64:
+        """Return the members that must copy their open block's page."""
+        if not self.pool.num_shared:
+            return NO_MEMBERS
+        blocks = length // self.page_size
+        writers = np.flatnonzero((num_new > 0) & (blocks * self.page_size < length))
+        pages = self._table[rows[writers], blocks[writers]]
+        return writers[self.pool.copied_on_write(pages)]
+
+    def _entering_slots(self, rows: Int64, num_new: Int64) -> tuple[Int64, Bools]:
+        """Return the members that need a window slot, and which of them leave a shared one."""
+        if not self.window_tokens:
+            return NO_MEMBERS, NO_FLAGS
+        slots = self._slot.take(rows, mode="clip")
+        wanting = (slots < 0) & (num_new > 0)
+        if self.windows.num_shared:
+            owners = np.flatnonzero((slots >= 0) & (num_new > 0))
+            wanting[owners] = self.windows.copied_on_write(slots[owners])
+        members = np.flatnonzero(wanting)
+        return members, slots[members] >= 0
+
+    def _enter_pages(self, rows: Int64, blocks: Int64, fresh: Int64, pages: Int32) -> None:
+        """Write new pages behind the blocks of each member, member by member."""
+        members = np.flatnonzero(fresh)
+        into, at = rows[members], blocks[members]
+        if pages.size > members.size:
+            counts = fresh[members]
+            into, at = np.repeat(into, counts), np.repeat(at, counts) + ranges(counts)
+        self._table[into, at] = pages
+        if self.num_sinks:
+            self.windows.acquire_records(pages[at == 0])
+
+    def _copy_sinks(self, cow: PageCopies, is_first: Bools, has_sinks: Bools) -> PageCopies:
+        """Give copies of block-0 pages a record; return the pairs whose sinks must be copied."""
+        src, dst = cow.src[is_first], cow.dst[is_first]
+        records = self.windows.acquire_records(dst)
+        used = has_sinks[is_first]
+        return PageCopies(self.windows.sink_record[src[used]], records[used])
+
+    def _take_slots(
+        self, rows: Int64, old: SequenceState[Int64], members: Int64, leaving: Bools
+    ) -> PageCopies:
+        """Give members a window slot; return the pairs whose ring rows must be copied."""
+        if members.size == 0:
+            return NO_COPIES
+        src, dst = self._slot[rows[members]], self.windows.acquire(members.size)
+        self._slot[rows[members]] = dst
+        self.windows.release(src)
+        used = leaving & (old.ring_start[members] < old.length[members])
+        return PageCopies(src[used], dst[used])
+
+
+NO_MEMBERS: Int64 = np.empty(0, np.int64)
+NO_FLAGS: Bools = np.empty(0, np.bool_)

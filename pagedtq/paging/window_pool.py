@@ -1,0 +1,101 @@
+"""Slots of the exact window, and the records that hold sink tokens.
+
+A *slot* holds the ring of one sequence: ``window_tokens`` rows. Forks share it until one of them
+appends, so slots are reference counted. A *record* holds the sinks; it belongs to the page of
+block 0, not to a sequence: it is made with that page, shared with it, and freed with it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import ArgumentError, IntegrityError, OutOfWindowSlots
+from .arguments import Int32, Int64, Integers, integer, integers
+from .page_pool import CountedPool
+
+
+class WindowPool(CountedPool):
+    """Window slots, and one sink record per page that is some sequence's block 0.
+
+    There are as many records as slots, which is always enough: a sequence gets a block 0 of its own
+    only in an append, which also gives it a slot of its own, and both are shared by forks alone.
+
+    Parameters
+    ----------
+    num_slots : int
+        Slots, numbered from 0; -1 means none.
+    num_pages : int
+        Pages of the pool the records belong to.
+    """
+
+    exhausted = OutOfWindowSlots
+    noun = "window slot"
+
+    def __init__(self, num_slots: int, num_pages: int) -> None:
+        super().__init__(0, integer("num_slots", num_slots, 0, 1 << 24))
+        self.num_slots = self._count
+        self._records = _RecordPool(0, self._count)
+        self._record_of = np.full(integer("num_pages", num_pages, 2), -1, np.int32)
+        view = self._record_of.view()
+        view.flags.writeable = False
+        self._record_view = view
+
+    @property
+    def sink_record(self) -> Int32:
+        """Record of each page, -1 where it has none: a read-only view, ``int32[num_pages]``."""
+        return self._record_view
+
+    @property
+    def num_records_used(self) -> int:
+        """Records that belong to a page."""
+        return self._records.num_used
+
+    def acquire_records(self, pages: Integers) -> Int32:
+        """Give each page a record.
+
+        Returns
+        -------
+        int32[n]
+            Their records.
+
+        Raises
+        ------
+        ArgumentError
+            If a page is out of range, given twice, or has a record.
+        OutOfWindowSlots
+            If fewer records are free.
+        """
+        array = self._pages(pages)
+        if (self._record_of[array] >= 0).any() or np.unique(array).size != array.size:
+            raise ArgumentError("a page can have one sink record only")
+        records = self._records.acquire(array.size)
+        self._record_of[array] = records
+        return records
+
+    def release_records(self, pages: Integers) -> None:
+        """Take their records from pages that became free; pages without one are skipped."""
+        array = self._pages(pages)
+        records = self._record_of[array]
+        self._record_of[array] = -1
+        self._records.release(records)
+
+    def check_integrity(self, expected_refs: Int64 | None = None) -> None:
+        """Prove that slots and records are conserved; see `CountedPool.check_integrity`."""
+        super().check_integrity(expected_refs)
+        held = self._record_of[self._record_of >= 0]
+        self._records.check_integrity(np.bincount(held, minlength=self._count))
+        if np.unique(held).size != held.size:
+            raise IntegrityError("two pages have the same sink record")
+
+    def _pages(self, pages: Integers) -> Int64:
+        array = integers("pages", pages)
+        if array.size and (int(array.min()) < 1 or int(array.max()) >= self._record_of.size):
+            raise ArgumentError(f"pages must be in [1, {self._record_of.size - 1}]")
+        return array
+
+
+class _RecordPool(CountedPool):
+    """Sink records: as many as slots, so that running out of them means the same."""
+
+    exhausted = OutOfWindowSlots
+    noun = "sink record"

@@ -1,0 +1,311 @@
+"""A model of the cache in which every byte is a token id: what the plans of PageTables must move.
+
+`TokenCache` executes plans on integer arrays in the documented order; `model` is a plain dict of
+Python lists. Two layers are kept: one with the exact overlay, one without (all codes at once).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedtq.errors import EvictedError, OutOfPages, OutOfWindowSlots
+from pagedtq.paging import KeepFirstLast, PageTables, StepPlan
+from pagedtq.paging import eviction
+
+POISON = -7
+CLEARED = -1
+
+
+class Layer:
+    """Pages, rings and sinks of one layer, one integer per token."""
+
+    def __init__(self, tables: PageTables, overlay: bool) -> None:
+        self.overlay = overlay
+        self.pages = np.full(tables.pool.num_pages * tables.page_size, POISON)
+        self.rings = np.full(max(tables.windows.num_slots * tables.window_tokens, 1), POISON)
+        self.sinks = np.full(max(tables.windows.num_slots * tables.num_sinks, 1), POISON)
+
+    def begin(self, tables: PageTables, plan: StepPlan) -> None:
+        rows = self.pages.reshape(-1, tables.page_size)
+        rows[plan.new_pages] = CLEARED
+        if not self.overlay:
+            rows[plan.cow_dst] = rows[plan.cow_src]
+            return
+        rows[plan.copy_dst] = rows[plan.copy_src]
+        if tables.window_tokens:
+            rings = self.rings.reshape(-1, tables.window_tokens)
+            rings[plan.window_copy_dst] = rings[plan.window_copy_src]
+        if tables.num_sinks:
+            sinks = self.sinks.reshape(-1, tables.num_sinks)
+            sinks[plan.sink_copy_dst] = sinks[plan.sink_copy_src]
+
+    def store(self, plan: StepPlan, tokens: np.ndarray) -> None:
+        if not self.overlay:
+            self._write(self.pages, plan.slot_mapping, tokens)
+            return
+        self._write(self.pages, plan.seal_mapping, self.rings[plan.seal_rows])
+        self._write(self.pages, plan.store_mapping, tokens)
+        self._write(self.sinks, plan.sink_mapping, tokens)
+        self._write(self.rings, plan.ring_mapping, tokens)
+
+    def abort(self, plan: StepPlan) -> None:
+        if self.overlay:
+            rows, mapping = plan.abort_seal()
+            self._write(self.pages, mapping, self.rings[rows])
+
+    @staticmethod
+    def _write(target: np.ndarray, mapping: np.ndarray, tokens: np.ndarray) -> None:
+        used = mapping >= 0
+        places = mapping[used]
+        assert np.unique(places).size == places.size, "a place is written twice"
+        target[places] = tokens[used]
+
+
+class Sequence:
+    """The model of one sequence: its tokens, its blocks, and what may be read."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.evicted: set[int] = set()
+        self.keep = self.start = 0
+
+    def fork(self) -> Sequence:
+        child = Sequence()
+        child.tokens, child.evicted = list(self.tokens), set(self.evicted)
+        child.keep, child.start = self.keep, self.start
+        return child
+
+
+class TokenCache:
+    """PageTables, the layers its plans move, and the model, checked against each other."""
+
+    def __init__(
+        self,
+        page_size: int,
+        num_pages: int,
+        window: int = 0,
+        num_sinks: int = 0,
+        num_slots: int = 0,
+    ) -> None:
+        self.tables = PageTables(page_size, num_pages, window, num_sinks, num_slots)
+        # The middle layer stands for one that an aborted step never reached.
+        self.layers = [Layer(self.tables, overlay=True), Layer(self.tables, overlay=True)]
+        self.layers.append(Layer(self.tables, overlay=False))
+        self.model: dict[int, Sequence] = {}
+        self.next_token = 0
+
+    def open(self) -> int:
+        seq_id = self.tables.open()
+        self.model[seq_id] = Sequence()
+        return seq_id
+
+    def append(self, counts: dict[int, int], abort: bool = False) -> bool:
+        """Append that many tokens to each sequence; False if the pools are too small."""
+        tables, size = self.tables, self.tables.page_size
+        seq_ids = np.array(list(counts), np.int64)
+        lengths = tables.lengths(seq_ids)
+        num_new = np.array(list(counts.values()), np.int64)
+        need, slots = self._demand(counts)
+        free, free_slots = tables.pool.num_free, tables.windows.num_free
+        if need > free or slots > free_slots:
+            before = self.snapshot()
+            try:
+                tables.reserve(seq_ids, num_new)
+            except OutOfPages as error:
+                assert (error.need, error.free) == (need, free)
+                assert error.total == tables.pool.num_pages - 1
+            except OutOfWindowSlots as error:
+                assert need <= free
+                assert (error.need, error.free) == (slots, free_slots)
+            else:
+                raise AssertionError("a step that does not fit was reserved")
+            assert before == self.snapshot()
+            return False
+        plan = tables.reserve(seq_ids, num_new)
+        assert tables.pool.num_free == free - need
+        assert tables.windows.num_free == free_slots - slots
+        assert plan.new_pages.size + plan.copy_dst.size == need
+        assert set(plan.copy_dst) <= set(plan.cow_dst) and len(set(plan.cow_dst)) == len(
+            plan.cow_dst
+        )
+        assert np.array_equal(tables.lengths(seq_ids), lengths + num_new)
+        tokens = np.arange(self.next_token, self.next_token + plan.num_tokens)
+        self.next_token += tokens.size
+        self._check_filled(plan)
+        for layer in self.layers:
+            layer.begin(tables, plan)
+        self.layers[0].store(plan, tokens)
+        if abort:
+            for layer in self.layers[1:]:
+                layer.abort(plan)
+            blocks = -(-(lengths + num_new) // size) - -(-lengths // size)
+            assert tables.abort(plan).size == blocks.sum()
+        else:
+            for layer in self.layers[1:]:
+                layer.store(plan, tokens)
+            tables.commit(plan)
+            for member, seq_id in enumerate(counts):
+                self.model[seq_id].tokens += tokens[plan.token_rows == member].tolist()
+        return True
+
+    def fork(self, seq_id: int) -> int:
+        free, free_slots = self.tables.pool.num_free, self.tables.windows.num_free
+        child = self.tables.fork(seq_id)
+        assert (free, free_slots) == (self.tables.pool.num_free, self.tables.windows.num_free)
+        assert self.tables.state(child) == self.tables.state(seq_id)
+        self.model[child] = self.model[seq_id].fork()
+        return child
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        size, sequence = self.tables.page_size, self.model[seq_id]
+        if length % size and length // size in sequence.evicted:
+            before = self.snapshot()
+            try:
+                self.tables.truncate(seq_id, length)
+            except EvictedError:
+                assert before == self.snapshot()
+                return
+            raise AssertionError("truncated inside an evicted block")
+        state = self.tables.state(seq_id)
+        self.poison(self.tables.truncate(seq_id, length))
+        assert self.tables.state(seq_id) == tuple(min(value, length) for value in state)
+        del sequence.tokens[length:]
+        sequence.evicted = {block for block in sequence.evicted if block * size < length}
+        sequence.start = min(sequence.start, self.tables.state(seq_id).ring_start)
+        sequence.keep = min(sequence.keep, sequence.start)
+
+    def evictable(self, seq_id: int) -> list[int]:
+        blocks = range(self.tables.state(seq_id).ring_start // self.tables.page_size)
+        return [block for block in blocks if block not in self.model[seq_id].evicted]
+
+    def evict(self, seq_id: int, blocks: list[int]) -> None:
+        self.poison(self.tables.evict(seq_id, blocks))
+        self.model[seq_id].evicted |= set(blocks)
+
+    def keep_first_last(self, seq_id: int, first: int, last: int) -> None:
+        sequence, size = self.model[seq_id], self.tables.page_size
+        before = self.snapshot()
+        plan = KeepFirstLast(first, last).plan(self.tables, seq_id)
+        assert before == self.snapshot()
+        length, ring_start = len(sequence.tokens), self.tables.state(seq_id).ring_start
+        start = min(max(length - last, 0), ring_start)
+        unread = set(range(first, start))
+        for block in range(-(-length // size)):
+            wholly = set(range(block * size, (block + 1) * size)) <= unread
+            assert (block in plan.blocks) == (wholly and block not in sequence.evicted)
+        self.poison(eviction.apply(self.tables, plan))
+        sequence.evicted |= set(plan.blocks.tolist())
+        sequence.keep, sequence.start = (first, start) if unread else (0, 0)
+
+    def close(self, seq_ids: list[int]) -> None:
+        self.poison(self.tables.close(seq_ids))
+        for seq_id in seq_ids:
+            del self.model[seq_id]
+
+    def poison(self, freed: np.ndarray) -> None:
+        """Overwrite freed pages, so that reading one is noticed."""
+        assert freed.size == np.unique(freed).size and 0 not in freed
+        assert not self.tables.pool.ref_counts[freed].any()
+        for layer in self.layers:
+            layer.pages.reshape(-1, self.tables.page_size)[freed] = POISON
+
+    def check(self) -> None:
+        """Every resident position reads its own token from exactly one place, in every layer."""
+        self.tables.check_integrity()
+        ids = list(self.model)
+        assert self.tables.num_sequences == len(ids)
+        resident = 0
+        for seq_id in ids:
+            resident += self._check_sequence(seq_id)
+        assert self.tables.resident_tokens == resident
+        distinct = {int(page) for row in self.tables.block_table(ids) for page in row if page}
+        assert self.tables.pool.num_used == len(distinct)
+
+    def snapshot(self) -> tuple[object, ...]:
+        return snapshot(self.tables)
+
+    def _demand(self, counts: dict[int, int]) -> tuple[int, int]:
+        """Pages and slots of a step by the rules, one member after the other."""
+        tables, size = self.tables, self.tables.page_size
+        refs, slot_refs = tables.pool.ref_counts.copy(), tables.windows.ref_counts.copy()
+        pages = slots = 0
+        for seq_id, n in counts.items():
+            length = len(self.model[seq_id].tokens)
+            pages += -(-(length + n) // size) - -(-length // size)
+            if n and length % size:
+                page = tables.block_table([seq_id])[0, length // size]
+                if refs[page] > 1:
+                    refs[page] -= 1
+                    pages += 1
+            slot = tables.window_slots([seq_id])[0]
+            if n and tables.window_tokens and slot < 0:
+                slots += 1
+            elif n and tables.window_tokens and slot_refs[slot] > 1:
+                slot_refs[slot] -= 1
+                slots += 1
+        return pages, slots
+
+    def _check_filled(self, plan: StepPlan) -> None:
+        size, filled = self.tables.page_size, []
+        for row, old, new in zip(plan.rows, plan.old.coded, plan.new.coded, strict=True):
+            for block in range(old // size, new // size):
+                filled.append(int(self.tables.row_pages(np.array([row]), np.array([block]))[0]))
+        assert filled == plan.filled_pages.tolist()
+
+    def _check_sequence(self, seq_id: int) -> int:
+        tables, sequence = self.tables, self.model[seq_id]
+        size, tokens = tables.page_size, np.array(sequence.tokens, np.int64)
+        state = tables.state(seq_id)
+        assert state.length == tokens.size
+        positions = np.arange(tokens.size)
+        blocks = positions // size
+        resident = ~np.isin(blocks, list(sequence.evicted))
+        slots = tables.slots_of(seq_id, positions)
+        assert np.array_equal(slots >= 0, resident)
+        assert tables.resident_lengths([seq_id])[0] == np.count_nonzero(resident)
+        slot, record = tables.window_slots([seq_id])[0], tables.sink_records([seq_id])[0]
+        readable = resident & ((positions < sequence.keep) | (positions >= sequence.start))
+        for layer in self.layers:
+            reads = tables.reads([seq_id], layer.overlay)
+            kv_len, first, stop, keep, start = (int(field[0]) for field in reads)
+            assert kv_len == tokens.size and 0 <= first <= stop <= kv_len
+            found = np.full(tokens.size, POISON)
+            allowed = resident & ((positions < keep) | (positions >= start))
+            assert np.array_equal(allowed, readable)
+            body = allowed & (positions >= first) & (positions < stop)
+            found[body] = layer.pages[slots[body]]
+            sinks = allowed & (positions < first)
+            found[sinks] = layer.sinks[record * tables.num_sinks + positions[sinks]]
+            ring = allowed & (positions >= stop)
+            if ring.any():
+                window = tables.window_tokens
+                found[ring] = layer.rings[slot * window + positions[ring] % window]
+            assert np.array_equal(found[readable], tokens[readable])
+            # Codes exist for every resident position below c, read or not.
+            coded = resident & (positions < (state.coded if layer.overlay else kv_len))
+            assert np.array_equal(layer.pages[slots[coded]], tokens[coded])
+        exact = positions < state.num_sinks
+        layer = self.layers[0]
+        places = record * tables.num_sinks + positions[exact]
+        assert np.array_equal(layer.sinks[places], tokens[exact])
+        return int(np.count_nonzero(resident))
+
+
+def snapshot(tables: PageTables) -> tuple[object, ...]:
+    """All state of the tables, comparable."""
+    arrays = (
+        tables._ids,
+        tables._fields,
+        tables._slot,
+        tables._table,
+        tables.pool.ref_counts,
+        tables.pool.free_ids(),
+        tables.windows.ref_counts,
+        tables.windows.free_ids(),
+        tables.windows.sink_record,
+        tables.windows._records.ref_counts,
+        tables.windows._records.free_ids(),
+    )
+    state = [array.tobytes() for array in arrays]
+    shared = tables.pool.num_shared, tables.windows.num_shared
+    return (*state, shared, list(tables._free_rows), tables.version, tables._step)
