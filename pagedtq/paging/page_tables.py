@@ -59,7 +59,7 @@ class PageTables(Steps):
         if isinstance(seq_ids, int | np.integer):
             rows = np.array([self._row_of(seq_ids)])
         else:
-            rows = self._rows_of(seq_ids)[1]
+            rows = self._distinct_rows(seq_ids)
         self.version += 1
         freed = self._drop_blocks(rows, np.zeros(rows.size, np.int64))
         if self.window_tokens:
@@ -74,10 +74,10 @@ class PageTables(Steps):
         new_id, new_rows = self._new_rows(1)
         row, new_row = self._row_of(seq_id), int(new_rows[0])
         self.version += 1
+        self.pool.retain(self._table[row])
         self._fields[:, new_row] = self._fields[:, row]
         self._table[new_row] = self._table[row]
         self._slot[new_row] = self._slot[row]
-        self.pool.retain(self._table[row])
         self.windows.retain(self._slot[row : row + 1])
         return int(new_id[0])
 

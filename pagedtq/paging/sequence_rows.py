@@ -75,24 +75,29 @@ class SequenceRows:
         """Open sequences."""
         return self._ids.size - len(self._free_rows)
 
-    def _rows_of(self, seq_ids: Integers) -> tuple[Int64, Int64]:
-        """Return the ids as an array, and their rows; refuse unknown and repeated ones."""
+    def _rows_of(self, seq_ids: Integers) -> Int64:
+        """Return the rows of sequences; refuse unknown ids."""
         ids = integers("seq_ids", seq_ids)
         rows = ids & ROW_MASK
-        # `take` clips: an id whose row does not exist then meets an id with another row.
-        known = self._ids.take(rows, mode="clip") == ids
+        # `take` clips: an id whose row does not exist meets an id of another row, or the -1 of a
+        # free one.
+        known = (self._ids.take(rows, mode="clip") == ids) & (ids > 0)
         if not known.all():
             raise self._unknown(int(ids[~known][0]))
+        return rows
+
+    def _distinct_rows(self, seq_ids: Integers) -> Int64:
+        """Return the rows of sequences; refuse unknown and repeated ids."""
+        rows = self._rows_of(seq_ids)
         if rows.size > 1:
             order = np.arange(rows.size)
             # NumPy keeps the last of several values assigned to one place.
             self._scratch[rows] = order
-            unique = self._scratch.take(rows) == order
+            unique = self._scratch.take(rows, mode="clip") == order
             if not unique.all():
-                raise ArgumentError(
-                    f"sequence {int(ids[~unique][0])} appears twice among {rows.size}"
-                )
-        return ids, rows
+                twice = int(self._ids[rows[~unique][0]])
+                raise ArgumentError(f"sequence {twice} appears twice in a batch of {rows.size}")
+        return rows
 
     def _row_of(self, seq_id: int) -> int:
         """Return the row of one sequence."""
@@ -136,12 +141,14 @@ class SequenceRows:
         fields[:, :old] = self._fields
         table = np.zeros((new, self._table.shape[1]), np.int32)
         table[:old] = self._table
-        self._fields, self._table = fields, table
+        ids = np.concatenate((self._ids, np.full(new - old, -1, np.int64)))
+        slot = np.concatenate((self._slot, np.full(new - old, -1, np.int32)))
+        scratch = np.zeros(new, np.int64)
+        # Every array exists now: running out of memory above has changed nothing.
+        self._fields, self._table, self._ids, self._slot = fields, table, ids, slot
+        self._scratch = scratch
         self._length, self._coded, self._ring_start, self._sinks = fields[:4]
         self._keep, self._start, self._evicted = fields[4:]
-        self._ids = np.concatenate((self._ids, np.full(new - old, -1, np.int64)))
-        self._slot = np.concatenate((self._slot, np.full(new - old, -1, np.int32)))
-        self._scratch = np.zeros(new, np.int64)
         # The last one is taken first: low rows before high ones.
         self._free_rows[:0] = range(new - 1, old - 1, -1)
 

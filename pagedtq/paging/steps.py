@@ -44,8 +44,9 @@ class Steps(TableViews):
             If the step as a whole does not fit.
         """
         self._refuse_open_step("reserve")
-        ids, rows = self._rows_of(seq_ids)
-        num_new = token_counts("num_new_tokens", num_new_tokens, rows.size)
+        rows = self._distinct_rows(seq_ids)
+        # A copy: the plan must not change with the caller's array.
+        num_new = token_counts("num_new_tokens", num_new_tokens, rows.size).copy()
         size = self.page_size
         old = self._states(rows)
         new = self._after_append(old, num_new)
@@ -90,7 +91,17 @@ class Steps(TableViews):
             self._ring_start[rows] = new.ring_start
             self._sinks[rows] = new.num_sinks
         self._step = StepPlan(
-            self, ids, rows, num_new, old, new, new_pages, cow, copies, window_copies, sink_copies
+            self,
+            self._ids[rows],
+            rows,
+            num_new,
+            old,
+            new,
+            new_pages,
+            cow,
+            copies,
+            window_copies,
+            sink_copies,
         )
         return self._step
 

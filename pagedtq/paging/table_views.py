@@ -46,7 +46,7 @@ class TableViews(SequenceRows):
 
     def lengths(self, seq_ids: Integers) -> Int64:
         """Return the number of tokens of each sequence, ``int64[B]``."""
-        return self._length.take(self._rows_of(seq_ids)[1])
+        return self._length.take(self._rows_of(seq_ids))
 
     def state(self, seq_id: int) -> SequenceState[int]:
         """Return ``(L, c, r, s)`` of one sequence."""
@@ -63,7 +63,7 @@ class TableViews(SequenceRows):
             The null page 0 where a block was evicted and as padding; ``max_blocks`` is that of the
             longest sequence of the batch.
         """
-        _, rows = self._rows_of(seq_ids)
+        rows = self._rows_of(seq_ids)
         return self._table[rows, : self._max_blocks(rows)]
 
     def reads(self, seq_ids: Integers, overlay: bool) -> Reads:
@@ -76,7 +76,7 @@ class TableViews(SequenceRows):
         overlay : bool
             Whether the layer keeps the exact window. A layer without it reads all from pages.
         """
-        _, rows = self._rows_of(seq_ids)
+        rows = self._rows_of(seq_ids)
         length, _, ring_start, sinks = self._states(rows)
         if overlay:
             first, stop = np.minimum(sinks, ring_start), ring_start
@@ -86,11 +86,11 @@ class TableViews(SequenceRows):
 
     def window_slots(self, seq_ids: Integers) -> Int32:
         """Return the window slot of each sequence, -1 without one, ``int32[B]``."""
-        return self._slot[self._rows_of(seq_ids)[1]]
+        return self._slot[self._rows_of(seq_ids)]
 
     def sink_records(self, seq_ids: Integers) -> Int32:
         """Return the sink record of each sequence's block 0, -1 without one, ``int32[B]``."""
-        return self.row_sink_records(self._rows_of(seq_ids)[1])
+        return self.row_sink_records(self._rows_of(seq_ids))
 
     @property
     def resident_tokens(self) -> int:
@@ -114,7 +114,7 @@ class TableViews(SequenceRows):
 
     def resident_lengths(self, seq_ids: Integers) -> Int64:
         """Return the number of positions of each sequence whose block has a page, ``int64[B]``."""
-        _, rows = self._rows_of(seq_ids)
+        rows = self._rows_of(seq_ids)
         return self._length.take(rows) - self.page_size * self._evicted.take(rows)
 
     def slots_of(self, seq_id: int, positions: Integers) -> Int64:
@@ -137,7 +137,7 @@ class TableViews(SequenceRows):
 
     def csr(self, seq_ids: Integers) -> PageIndices:
         """Return the page tables without evicted blocks, in compressed rows."""
-        _, rows = self._rows_of(seq_ids)
+        rows = self._rows_of(seq_ids)
         table = self._table[rows, : self._max_blocks(rows)]
         member, block = np.nonzero(table)
         indptr = np.zeros(rows.size + 1, np.int32)
