@@ -49,6 +49,8 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Centres of the bins.
     running : list of float
         Sequences that hold pages.
+    tokens : list of float
+        Tokens stored.
     occupancy : list of float
         Taken pages as a share of the pool's.
     utilisation : list of float or None
@@ -57,6 +59,7 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     seconds: list[float]
     running: list[float]
+    tokens: list[float]
     occupancy: list[float]
     utilisation: list[float | None]
 

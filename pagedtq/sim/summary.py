@@ -121,12 +121,13 @@ def build_report(
 def _timeline(outcome: Outcome, capacity: Capacity) -> Timeline:
     log = outcome.log
     if not len(log):
-        return Timeline(seconds=[], running=[], occupancy=[], utilisation=[])
+        return Timeline(seconds=[], running=[], tokens=[], occupancy=[], utilisation=[])
     edges = np.linspace(0, log.end[-1], NUM_BINS + 1)
     tokens, pages = log.binned(log.tokens, edges), log.binned(log.pages, edges)
     return Timeline(
         seconds=((edges[1:] + edges[:-1]) / 2).tolist(),
         running=log.binned(log.running, edges).tolist(),
+        tokens=tokens.tolist(),
         occupancy=(pages / capacity.usable_pages).tolist(),
         # Rounding of the integrals leaves a trace of pages in idle bins.
         utilisation=[
