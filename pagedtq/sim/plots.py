@@ -14,7 +14,7 @@ from .report import FormatReport, SimulationReport
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # The baselines are context, not data of interest.
 _BASELINES = {"fp16": "#000000", "fp8": "#8C8C8C"}
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "figure.figsize": (6.4, 3.6),
     "figure.dpi": 100,
     "savefig.dpi": 200,
@@ -83,6 +83,7 @@ def _utilisation_over_time(report: SimulationReport, figure: Any) -> None:
     stored, utilised = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for f, line in _lines(report):
         time = f.timeline
+        line["linewidth"] = 1.1
         stored.plot(time.seconds, [n / 1000 for n in time.tokens], **line)
         share = [float("nan") if u is None else 100 * u for u in time.utilisation]
         utilised.plot(time.seconds, share, **line)
@@ -133,9 +134,9 @@ def _waste_by_page_size(report: SimulationReport, figure: Any) -> None:
         title=f"{report.workload.num_requests} requests: {report.workload.name}",
         xlabel="Page size (tokens)",
         ylabel="Slots without a token (%)",
-        ylim=(0, None),
     )
-    axes.margins(x=0.08, y=0.12)
+    axes.margins(x=0.08)
+    axes.set_ylim(0, 1.12 * max(waste.values()))
     axes.legend(loc="upper left")
 
 
@@ -147,11 +148,14 @@ def _throughput(report: SimulationReport, figure: Any) -> None:
     bars = axes.barh(
         [f.name for f in formats], values, color=[line["color"] for _, line in _lines(report)]
     )
+    for bar, (_, line) in zip(bars, _lines(report)):
+        bar.set_alpha(1.0 if line["linestyle"] == "-" else 0.6)
     axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
-    # Time can fall to what multiplying by the weights takes, however small the cache is.
-    base = max(formats, key=lambda f: f.name == "fp16")
-    if base.linear_layers_seconds and base.relative_throughput == 1:
-        bound = base.simulated_seconds / base.linear_layers_seconds
+    # Time cannot fall below what multiplying by the weights takes, however small the cache is.
+    base = next((f for f in formats if f.name == "fp16"), formats[0])
+    floor = min(f.linear_layers_seconds for f in formats)
+    if floor > 0 and not any(f.requests_rejected for f in formats):
+        bound = base.simulated_seconds / floor
         axes.axvline(bound, color="#8C8C8C", linewidth=1, linestyle=":")
         axes.annotate(
             "arithmetic bound",
@@ -162,7 +166,7 @@ def _throughput(report: SimulationReport, figure: Any) -> None:
             va="top",
             color="#666666",
         )
-        axes.set_xlim(0, 1.2 * max(bound, *values))
+        axes.set_xlim(0, 1.3 * max(bound, *values))
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)

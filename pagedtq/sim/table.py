@@ -32,7 +32,7 @@ def report_table(report: SimulationReport) -> str:
     )
     header = (
         "format",
-        *("B/token", "pages", "windows", "running", "peak", "occupied", "utilised"),
+        *("B/token", "pages", "slots", "running", "peak", "occupied", "utilised"),
         *("preempted", "tokens", "seconds", "tokens/s", "relative"),
     )
     rows = [
