@@ -10,7 +10,8 @@ import msgspec
 
 from ..config import PAGE_SIZES
 from ..errors import ArgumentError, PagedTQError
-from ..sizing import MODELS, Format, ModelShape, parse_bytes
+from ..models import MODELS, ModelShape
+from ..sizing import Format, parse_bytes
 
 # The name says what argparse is to put into "argument --x: invalid ... value".
 Commands = Any

@@ -8,8 +8,9 @@ import sys
 import msgspec
 
 from ..config import PRESETS
+from ..models import ModelShape
 from ..sim.table import format_table
-from ..sizing import Capacity, Format, ModelShape, format_bytes, plan_capacity
+from ..sizing import Capacity, Format, format_bytes, plan_capacity
 from .arguments import Commands, add_command, add_memory_options, positive_int
 
 FORMATS = ("fp16", "fp8", *(name for name in PRESETS if not name.startswith("exact")))

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from ..errors import UnsupportedError
+from ..sim.batch import BatchingOptions
 from ..sim.comparison import DEFAULT_FORMATS, simulate_formats
 from ..sim.cost_model import Hardware
 from ..sim.generator import azure_conversation
 from ..sim.report import SimulationReport, write_report
-from ..sim.simulator import BatchingOptions
 from ..sim.table import report_table
 from ..sim.traces import READERS, read_trace
 from ..sim.workload import Workload

@@ -1,12 +1,50 @@
-"""The sequences a simulation is running: a struct of arrays for those that decode."""
+"""The batch of a simulation: its rules, and its sequences as a struct of arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
+import msgspec
 import numpy as np
 
+from ..errors import ConfigError
 from .workload import Int64
+
+
+class BatchingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How steps are put together.
+
+    Parameters
+    ----------
+    step_tokens : int
+        Tokens of a step: one per decoding sequence, the rest for prefill. Decoding sequences are
+        served even beyond it.
+    max_running : int
+        Sequences that may hold pages at a time; window slots may allow fewer.
+    watermark : float
+        Share of the pages that admission leaves free, so that running sequences do not soon need
+        what was just given away. Not applied while nothing runs.
+    admission : {"prompt", "chunk"}
+        What must fit above the watermark: the whole prompt, or only its next chunk.
+    fast_forward : bool
+        Take runs of steps in which only decoding can happen at once. Never changes a result.
+    """
+
+    step_tokens: int = 2048
+    max_running: int = 4096
+    watermark: float = 0.01
+    admission: Literal["prompt", "chunk"] = "prompt"
+    fast_forward: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("step_tokens", "max_running"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if not 0 <= self.watermark < 1:
+            raise ConfigError(f"watermark must be in [0, 1), got {self.watermark}")
+        if self.admission not in ("prompt", "chunk"):
+            raise ConfigError(f'admission must be "prompt" or "chunk", got {self.admission!r}')
 
 
 class Prefill:

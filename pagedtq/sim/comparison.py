@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from ..errors import ArgumentError
-from ..sizing import Format, ModelShape, plan_capacity
+from ..models import ModelShape
+from ..sizing import Format, plan_capacity
+from .batch import BatchingOptions
 from .cost_model import CostModel, Hardware
 from .report import FormatReport, SimulationReport
-from .simulator import BatchingOptions, Simulator
+from .simulator import Simulator
 from .summary import build_report, summarise_format
 from .workload import Workload
 

@@ -23,8 +23,8 @@ import numpy as np
 
 from ..config import CacheConfig
 from ..errors import ConfigError
+from ..models import ModelShape
 from ..paging.layout import PageLayout
-from ..sizing import ModelShape
 from .workload import Float64, Int64
 
 

@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from ..cache import PagedKVCache
 from ..errors import ArgumentError
-from ..sizing import Format, ModelShape
+from ..models import ModelShape
+from ..sizing import Format
 from .report import ExecutionReport
 from .workload import Workload
 

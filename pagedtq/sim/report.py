@@ -7,9 +7,10 @@ from pathlib import Path
 import msgspec
 
 from ..errors import ArgumentError
-from ..sizing import Capacity, ModelShape
+from ..models import ModelShape
+from ..sizing import Capacity
+from .batch import BatchingOptions
 from .cost_model import Hardware
-from .simulator import BatchingOptions
 
 #: Version of the JSON report.
 SCHEMA = 1

@@ -13,78 +13,16 @@ output token, each decode step stores the token sampled last, and the very last 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
 
-import msgspec
 import numpy as np
 
 from ..config import CacheConfig
-from ..errors import ConfigError
 from ..paging.page_tables import PageTables
 from ..sizing import Capacity
-from .batch import DecodeBatch, Prefill
+from .batch import BatchingOptions, DecodeBatch, Prefill
 from .cost_model import CostModel
-from .step_log import StepLog
-from .workload import Float64, Int64, Workload
-
-
-class BatchingOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How steps are put together.
-
-    Parameters
-    ----------
-    step_tokens : int
-        Tokens of a step: one per decoding sequence, the rest for prefill. Decoding sequences are
-        served even beyond it.
-    max_running : int
-        Sequences that may hold pages at a time; window slots may allow fewer.
-    watermark : float
-        Share of the pages that admission leaves free, so that running sequences do not soon need
-        what was just given away. Not applied while nothing runs.
-    admission : {"prompt", "chunk"}
-        What must fit above the watermark: the whole prompt, or only its next chunk.
-    fast_forward : bool
-        Take runs of steps in which only decoding can happen at once. Never changes a result.
-    """
-
-    step_tokens: int = 2048
-    max_running: int = 4096
-    watermark: float = 0.01
-    admission: Literal["prompt", "chunk"] = "prompt"
-    fast_forward: bool = True
-
-    def __post_init__(self) -> None:
-        for field in ("step_tokens", "max_running"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if not 0 <= self.watermark < 1:
-            raise ConfigError(f"watermark must be in [0, 1), got {self.watermark}")
-        if self.admission not in ("prompt", "chunk"):
-            raise ConfigError(f'admission must be "prompt" or "chunk", got {self.admission!r}')
-
-
-class Outcome(NamedTuple):
-    """What a simulation gives: the log of its steps and what happened to each request.
-
-    Attributes
-    ----------
-    log : StepLog
-    generated : int64[n]
-        Output tokens of each request.
-    first_token, finish : float64[n]
-        Simulated time of the first and of the last output token; NaN if rejected.
-    preemptions : int64[n]
-        How often each request was preempted.
-    rejected : int64[m]
-        Requests that no empty pool could hold, in order.
-    """
-
-    log: StepLog
-    generated: Int64
-    first_token: Float64
-    finish: Float64
-    preemptions: Int64
-    rejected: Int64
+from .step_log import Outcome, StepLog
+from .workload import Workload
 
 
 class Simulator:

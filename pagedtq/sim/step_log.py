@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -100,3 +101,27 @@ class StepLog:
             grow = ((0, 0), (0, max(capacity, steps)))
             self._times = np.pad(self._times, grow)
             self._counts = np.pad(self._counts, grow)
+
+
+class Outcome(NamedTuple):
+    """What a simulation gives: the log of its steps and what happened to each request.
+
+    Attributes
+    ----------
+    log : StepLog
+    generated : int64[n]
+        Output tokens of each request.
+    first_token, finish : float64[n]
+        Simulated time of the first and of the last output token; NaN if rejected.
+    preemptions : int64[n]
+        How often each request was preempted.
+    rejected : int64[m]
+        Requests that no empty pool could hold, in order.
+    """
+
+    log: StepLog
+    generated: Int64
+    first_token: Float64
+    finish: Float64
+    preemptions: Int64
+    rejected: Int64

@@ -7,10 +7,12 @@ import numpy as np
 
 from .. import __version__
 from ..config import PAGE_SIZES, CacheConfig
-from ..sizing import Capacity, Format, ModelShape
+from ..models import ModelShape
+from ..sizing import Capacity, Format
+from .batch import BatchingOptions
 from .cost_model import CostModel, Hardware
 from .report import SCHEMA, FormatReport, SimulationReport, Timeline, WorkloadSummary
-from .simulator import BatchingOptions, Outcome
+from .step_log import Outcome
 from .workload import Workload, length_statistics, page_utilisation
 
 #: Points of a timeline.
