@@ -156,7 +156,7 @@ class StreamReader:
         row = codes.shape[2]
         index = work_array("index", (split, tokens // split, row), np.intp)
         if signs is not None:
-            codes = _join_signs(codes, signs, split)
+            codes = _join_signs(codes, signs)
         elif self.codec.code_bits == 4 and not self._pairs and self.head_dim % 16 == 0:  # type: ignore[union-attr]
             _gather_signs(codes)
         if not self._pairs:
@@ -250,23 +250,22 @@ def _gather_signs(codes: Array) -> None:
         np.bitwise_xor(words, swap, out=words)
 
 
-def _join_signs(codes: Array, signs: Array, split: int) -> Array:
+def _join_signs(codes: Array, signs: Array) -> Array:
     """Return 14-bit indices of width-3 code bytes: magnitudes below, sign bits above.
 
     In memory (pair interleave included) sign byte ``p`` of 32-bit sign word ``i`` serves byte
     ``p`` of code words ``2 i`` (bits 0, 1, 4, 5) and ``2 i + 1`` (bits 2, 3, 6, 7).
     """
-    shape = codes.shape
-    code_words = codes.reshape(-1, codes.size // (shape[0] * shape[1]) // 4, 4)
-    sign_words = signs.reshape(code_words.shape[0], -1, 4)
-    joined = work_array("joined", code_words.shape, np.uint16)
-    high = work_array("high", sign_words.shape, np.uint16)
-    np.copyto(joined, code_words)
-    for parity in (0, 1):
-        part = joined[:, parity::2]
-        np.copyto(high, sign_words)
-        np.right_shift(high, 2 * parity, out=high)
-        np.bitwise_and(high, 0x33, out=high)
-        np.left_shift(high, 8, out=high)
-        np.bitwise_or(part, high[:, : part.shape[1]], out=part)
-    return joined.reshape(shape)
+    rows = codes.shape[0] * codes.shape[1]
+    sign_words = signs.reshape(rows, -1).view(np.uint32)
+    high = work_array("high", (rows, sign_words.shape[1], 2), np.uint32)
+    np.bitwise_and(sign_words, 0x33333333, out=high[:, :, 0])
+    np.right_shift(sign_words, 2, out=high[:, :, 1])
+    np.bitwise_and(high[:, :, 1], 0x33333333, out=high[:, :, 1])
+    # A row with an odd number of code words leaves the last sign word half used.
+    code_bytes = codes.reshape(rows, -1)
+    high_bytes = high.view(np.uint8).reshape(rows, -1)[:, : code_bytes.shape[1]]
+    joined = work_array("joined", code_bytes.shape, np.uint16)
+    np.left_shift(high_bytes, 8, out=joined, dtype=np.uint16)
+    np.bitwise_or(joined, code_bytes, out=joined)
+    return joined.reshape(codes.shape)
