@@ -8,6 +8,7 @@ size cost more in page faults than in arithmetic.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,9 @@ class StreamReader:
         self._norms = view(stream + "_norms")
         self._signs = view(stream + "_code_signs") if stream + "_code_signs" in planes else None
         self._table = table
-        self._packed = _packed_table(codec, self.head_dim, stream, table, self.dtype)
+        self._packed = _packed_table(
+            codec.code_bits, self.head_dim, stream, table.tobytes(), self.dtype
+        )
         if stream == "key" and codec.estimator == "prod":
             self._qjl_signs = view("key_qjl_signs")
             self._residual_norms = view("key_residual_norms")
@@ -188,12 +191,15 @@ class StreamReader:
         return values.reshape(lead, tokens // lead, self.head_dim)
 
 
+@functools.lru_cache
 def _packed_table(
-    codec: TurboQuant, head_dim: int, stream: str, table: Array, dtype: np.dtype[Any]
+    bits: int, head_dim: int, stream: str, table: bytes, dtype: np.dtype[Any]
 ) -> Array | None:
-    """Build ``[entries, floats]``: the values behind one byte (width 3: byte and sign bits)."""
-    bits = codec.code_bits
-    values: Array = table.astype(dtype)
+    """Build ``[entries, floats]``: the values behind one byte (width 3: byte and sign bits).
+
+    Shared by all layers, so that it stays in the cache from one to the next.
+    """
+    values: Array = np.frombuffer(table, np.float32).astype(dtype)
     byte = np.arange(256)
     words = head_dim % 16 == 0
     if bits == 8:
