@@ -1,5 +1,6 @@
 """Paged KV cache with TurboQuant-compressed pages."""
 
+from .cache import PagedKVCache
 from .config import (
     PRESETS,
     CacheConfig,
@@ -10,6 +11,8 @@ from .config import (
     json_schema,
     preset,
 )
+from .errors import PagedTQError
+from .paging.eviction import KeepFirstLast
 
 __version__ = "0.1.0"
 
@@ -18,7 +21,10 @@ __all__ = [
     "CacheConfig",
     "Codec",
     "Exact",
+    "KeepFirstLast",
     "LayerOverride",
+    "PagedKVCache",
+    "PagedTQError",
     "TurboQuant",
     "__version__",
     "json_schema",

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .page_reader import Scratch, StreamReader
+from .page_reader import StreamReader
+from .work_arrays import work_array
 
 Array = npt.NDArray[Any]
 
@@ -111,14 +112,11 @@ class PageAttention:
     ----------
     keys, values : StreamReader
         The layer's streams.
-    scratch : Scratch
-        Per-thread scratch arrays.
     """
 
-    def __init__(self, keys: StreamReader, values: StreamReader, scratch: Scratch) -> None:
+    def __init__(self, keys: StreamReader, values: StreamReader) -> None:
         self.keys = keys
         self.values = values
-        self.scratch = scratch
         self.page_size = keys.page_size
         self.head_dim = keys.head_dim
         self.dtype = keys.dtype
@@ -191,16 +189,16 @@ class PageAttention:
 
     def _scores(self, pages: Array, head: int, rows: Rows, readable: Array | None) -> Array:
         chunk = self._chunk(len(pages))
-        tile = self.keys.tile(pages, head, self.scratch).reshape(-1, chunk, self.head_dim)
+        tile = self.keys.tile(pages, head).reshape(-1, chunk, self.head_dim)
         if readable is not None and self.keys.norms(pages[:1], head) is None:
             tile = _cleared(tile, readable)
         shape = (len(tile), len(rows.keys), chunk)
-        scores = self.scratch.get("scores", shape, self.dtype)
+        scores = work_array("scores", shape, self.dtype)
         np.matmul(rows.keys, tile.transpose(0, 2, 1), out=scores)
         scores *= self._norms(self.keys.norms(pages, head), chunk, readable)
         if rows.qjl is not None:
-            signs = self.keys.qjl_tile(pages, head, self.scratch).reshape(-1, chunk, self.head_dim)
-            residual = self.scratch.get("residual", shape, self.dtype)
+            signs = self.keys.qjl_tile(pages, head).reshape(-1, chunk, self.head_dim)
+            residual = work_array("residual", shape, self.dtype)
             np.matmul(rows.qjl, signs.transpose(0, 2, 1), out=residual)
             residual *= self._norms(self.keys.residual_norms(pages, head), chunk, readable)
             scores += residual
@@ -210,14 +208,14 @@ class PageAttention:
         pages = tile.pages
         chunks, count, chunk = weights.shape
         weights *= self._norms(self.values.norms(pages, head), chunk, tile.readable)
-        values = self.values.tile(pages, head, self.scratch)
+        values = self.values.tile(pages, head)
         if len(values) == 1:
             values = values.reshape(chunks, chunk, self.head_dim)
             if tile.readable is not None:
                 values = _cleared(values, tile.readable)
             return np.asarray(np.matmul(weights, values).sum(axis=0))
         # Interleaved pairs come as all even tokens, then all odd ones; so must the weights.
-        halves = self.scratch.get("halves", (2, chunks, count, chunk // 2), self.dtype)
+        halves = work_array("halves", (2, chunks, count, chunk // 2), self.dtype)
         np.copyto(halves, weights.reshape(chunks, count, chunk // 2, 2).transpose(3, 0, 1, 2))
         values = values.reshape(2, chunks, chunk // 2, self.head_dim)
         return np.asarray(np.matmul(halves, values).sum(axis=(0, 1)))
@@ -254,7 +252,7 @@ class PageAttention:
             return None
         positions = blocks[:, None] * self.page_size + np.arange(self.page_size)
         positions = positions.reshape(-1, 1, self._chunk(len(blocks)))
-        readable = span.allows(positions)
+        readable: Array = span.allows(positions)
         if causal:
             readable = (
                 readable & (positions <= rows.last[:, None]) & (positions >= rows.floor[:, None])
@@ -264,5 +262,5 @@ class PageAttention:
 
 def _cleared(tile: Array, readable: Array) -> Array:
     """Zero the rows no query reads: unwritten exact slots may hold NaN."""
-    used = readable.any(axis=1)[..., None]
+    used = np.asarray(readable.any(axis=1))[..., None]
     return np.asarray(np.where(used, tile, 0).astype(tile.dtype, copy=False))

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .queries import QueryTokens
+from .tokens import TokenBatch
 
 Array = npt.NDArray[Any]
 
@@ -15,7 +16,7 @@ _QUERY_TILE = 128
 
 
 def attend_chunk(
-    tokens: QueryTokens, keys: Array, values: Array, sm_scale: float, soft_cap: float | None
+    tokens: QueryTokens, batch: TokenBatch, sm_scale: float, soft_cap: float | None
 ) -> tuple[Array, Array]:
     """Attend each query token over the chunk's tokens up to itself.
 
@@ -23,7 +24,7 @@ def attend_chunk(
     ----------
     tokens : QueryTokens
         Queries ``[tokens, num_kv_heads, group, head_dim]`` and their grouping into sequences.
-    keys, values : ndarray ``[tokens, num_kv_heads, head_dim]``
+    batch : TokenBatch
         The same tokens' keys and values.
     sm_scale : float
         Logit scale.
@@ -38,7 +39,8 @@ def attend_chunk(
     queries = tokens.values * tokens.values.dtype.type(sm_scale)
     dtype = queries.dtype
     out, lse = np.zeros_like(queries), np.full(queries.shape[:3], -np.inf, dtype)
-    keys, values = keys.astype(dtype, copy=False), values.astype(dtype, copy=False)
+    keys = batch.vectors("key", slice(None)).astype(dtype, copy=False)
+    values = batch.vectors("value", slice(None)).astype(dtype, copy=False)
     _, heads, group, dim = queries.shape
     ends = np.cumsum(tokens.q_lens)
     for begin, end in zip((ends - tokens.q_lens).tolist(), ends.tolist()):

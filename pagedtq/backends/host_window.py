@@ -6,17 +6,20 @@ by the control plane.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..config import CacheConfig
 from ..paging.table_views import Reads
-from .dtypes import STORAGE, Float32, from_storage, to_storage
+from .dtypes import STORAGE, Float32, to_storage, widen
 from .host_score import Scores
+from .tokens import TokenBatch
 
 Array = npt.NDArray[Any]
+
+_STREAMS: tuple[Literal["key", "value"], ...] = ("key", "value")
 
 # Elements of one group's keys in the overlay; keeps a group's arrays in cache.
 _GROUP_ELEMENTS = 1 << 19
@@ -51,28 +54,23 @@ class WindowStore:
         self.ring = np.zeros((*shape, self.rows, config.head_dim), dtype)
         self.sink = np.zeros((*shape, self.sinks, config.head_dim), dtype)
 
-    def write(
-        self, keys: Float32, values: Float32, ring_mapping: Array, sink_mapping: Array
-    ) -> None:
-        """Write tokens ``[n, num_kv_heads, head_dim]`` to the rows they map to (-1: nowhere)."""
+    def write(self, batch: TokenBatch, ring_mapping: Array, sink_mapping: Array) -> None:
+        """Write tokens to the rows they map to (-1: nowhere)."""
         kv_dtype = self.config.kv_dtype
-        for store, mapping, size in (
-            (self.sink, sink_mapping, self.sinks),
-            (self.ring, ring_mapping, self.rows),
-        ):
+        for store, mapping in ((self.sink, sink_mapping), (self.ring, ring_mapping)):
             chosen = np.flatnonzero(mapping >= 0)
-            if not chosen.size:
-                continue
-            slot, row = np.divmod(mapping[chosen], size)
-            store[slot, :, 0, row] = to_storage(keys[chosen], kv_dtype)
-            store[slot, :, 1, row] = to_storage(values[chosen], kv_dtype)
+            if chosen.size:
+                slot, row = np.divmod(mapping[chosen], store.shape[3])
+                for plane, stream in enumerate(_STREAMS):
+                    rows = batch.vectors(stream, chosen)
+                    store[slot, :, plane, row] = to_storage(rows, kv_dtype)
 
-    def read(self, ring_rows: Array) -> tuple[Float32, Float32]:
-        """Return exact keys and values ``[n, num_kv_heads, head_dim]`` of ring rows."""
+    def read(self, ring_rows: Array) -> TokenBatch:
+        """Return the tokens of ring rows."""
         slot, row = np.divmod(ring_rows, self.rows)
         kv_dtype = self.config.kv_dtype
-        keys = from_storage(self.ring[slot, :, 0, row], kv_dtype)
-        return keys, from_storage(self.ring[slot, :, 1, row], kv_dtype)
+        keys, values = self.ring[slot, :, 0, row], self.ring[slot, :, 1, row]
+        return TokenBatch(keys, values, kv_dtype, kv_dtype)
 
     def read_positions(
         self, slot: int, record: int, sinks: Array, ring: Array
@@ -86,7 +84,7 @@ class WindowStore:
         for store, owner, rows in ((self.sink, record, sinks), (self.ring, slot, ring)):
             size = max(1, store.shape[3])
             picked = store[owner][:, :, rows % size].transpose(1, 2, 0, 3)
-            wide = from_storage(picked, kv_dtype)
+            wide = widen(picked, kv_dtype)
             parts.append((wide[0], wide[1]))
         return parts[0], parts[1]
 
@@ -221,7 +219,7 @@ class WindowStore:
             if positions.shape[1]:
                 row = (positions % size)[:, None, None, :]
                 rows = store[owner[:, None, None, None], heads, planes, row]
-                parts.append(from_storage(rows, self.config.kv_dtype))
+                parts.append(widen(rows, self.config.kv_dtype))
         positions = np.concatenate([sinks, ring], axis=1)
         if not parts:
             empty = np.zeros((len(slots), heads.size, 0, self.config.head_dim), np.float32)

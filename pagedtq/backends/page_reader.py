@@ -8,7 +8,6 @@ size cost more in page faults than in arithmetic.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
@@ -17,27 +16,12 @@ import numpy.typing as npt
 from ..codec.bitpack import PackedCodes, unpack_codes
 from ..config import Codec, Exact, TurboQuant
 from ..paging.layout import PageLayout
-from .dtypes import from_storage
+from .dtypes import widen
+from .work_arrays import work_array
 
 Array = npt.NDArray[Any]
 
 _PAGES_AT_ONCE = 64
-
-
-class Scratch(threading.local):
-    """Reusable arrays of the calling thread, by name; contents last until the next same name."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[str, Array] = {}
-
-    def get(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """Return an uninitialised array of this shape and type."""
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        array = self._arrays.get(name)
-        if array is None or array.size < size:
-            array = np.empty(size, np.uint8)
-            self._arrays[name] = array
-        return array[:size].view(dtype).reshape(shape)
 
 
 class StreamReader:
@@ -79,7 +63,8 @@ class StreamReader:
         planes = layout.extents[layer].planes
 
         def view(name: str) -> Array:
-            return layout.plane_view(pool, layer, name)
+            plane: Array = layout.plane_view(pool, layer, name)
+            return plane
 
         if isinstance(codec, Exact):
             self._exact = view(stream + "s")
@@ -101,13 +86,15 @@ class StreamReader:
         """Return the stored norms ``[len(pages) * page_size]``, None for exact streams."""
         if isinstance(self.codec, Exact):
             return None
-        return self._norms[pages, head].astype(self.dtype).reshape(-1)
+        norms: Array = self._norms[pages, head].astype(self.dtype).reshape(-1)
+        return norms
 
     def residual_norms(self, pages: Array, head: int) -> Array:
         """Return the stored QJL residual norms ``[len(pages) * page_size]`` (Prod keys)."""
-        return self._residual_norms[pages, head].astype(self.dtype).reshape(-1)
+        norms: Array = self._residual_norms[pages, head].astype(self.dtype).reshape(-1)
+        return norms
 
-    def tile(self, pages: Array, head: int, scratch: Scratch) -> Array:
+    def tile(self, pages: Array, head: int) -> Array:
         """Decode pages of one head.
 
         Returns
@@ -118,16 +105,16 @@ class StreamReader:
         """
         tokens = len(pages) * self.page_size
         if isinstance(self.codec, Exact):
-            rows = from_storage(self._exact[pages, head], self.codec.dtype)
+            rows = widen(self._exact[pages, head], self.codec.dtype)
             return rows.astype(self.dtype, copy=False).reshape(1, tokens, self.head_dim)
         codes = self._codes[pages, head]
         signs = None if self._signs is None else self._signs[pages, head]
         if self._packed is None:
             return self._tile_by_code(codes, signs, tokens)
-        index = self._index(codes, signs, tokens, scratch)
-        return _gather(self._packed, index, scratch).reshape(*index.shape[:2], self.head_dim)
+        index = self._index(codes, signs, tokens)
+        return _gather(self._packed, index).reshape(*index.shape[:2], self.head_dim)
 
-    def rows(self, slots: Array, head: int, scratch: Scratch) -> Array:
+    def rows(self, slots: Array, head: int) -> Array:
         """Decode single slots ``[n]`` of one head, norms applied: ``[n, head_dim]``."""
         pages, inverse = np.unique(slots // self.page_size, return_inverse=True)
         place = inverse * self.page_size + slots % self.page_size
@@ -137,7 +124,7 @@ class StreamReader:
             part = pages[begin : begin + _PAGES_AT_ONCE]
             local = place - begin * self.page_size
             chosen = np.flatnonzero((local >= 0) & (local < len(part) * self.page_size))
-            tile = self._in_order(self.tile(part, head, scratch))
+            tile = self._in_order(self.tile(part, head))
             values = tile[local[chosen]]
             norms = self.norms(part, head)
             out[chosen] = values if norms is None else values * norms[local[chosen], None]
@@ -155,31 +142,29 @@ class StreamReader:
         """Bring a tile to token order ``[tokens, head_dim]``."""
         return tile.transpose(1, 0, 2).reshape(-1, tile.shape[2])
 
-    def qjl_tile(self, pages: Array, head: int, scratch: Scratch) -> Array:
+    def qjl_tile(self, pages: Array, head: int) -> Array:
         """Decode the QJL signs of pages as -1 and +1: ``[tokens, head_dim]`` (Prod keys)."""
         rows = self._qjl_signs[pages, head]
         tokens = len(pages) * self.page_size
-        index = scratch.get("sign_index", (1, tokens, rows.shape[-1]), np.intp)
+        index = work_array("sign_index", (1, tokens, rows.shape[-1]), np.intp)
         np.copyto(index, rows.reshape(index.shape))
-        return _gather(self._sign_table, index, scratch, "sign_tile").reshape(tokens, -1)[
-            :, : self.head_dim
-        ]
+        return _gather(self._sign_table, index, "sign_tile").reshape(tokens, -1)[:, : self.head_dim]
 
-    def _index(self, codes: Array, signs: Array | None, tokens: int, scratch: Scratch) -> Array:
+    def _index(self, codes: Array, signs: Array | None, tokens: int) -> Array:
         """Return table indices ``[1 or 2, tokens, code bytes]`` from raw code rows."""
         split = 2 if self._pairs else 1
         row = codes.shape[2]
-        index = scratch.get("index", (split, tokens // split, row), np.intp)
+        index = work_array("index", (split, tokens // split, row), np.intp)
         if signs is not None:
-            codes = _join_signs(codes, signs, split, scratch)
+            codes = _join_signs(codes, signs, split)
         elif self.codec.code_bits == 4 and not self._pairs and self.head_dim % 16 == 0:  # type: ignore[union-attr]
-            _gather_signs(codes, scratch)
+            _gather_signs(codes)
         if not self._pairs:
             np.copyto(index, codes.reshape(index.shape))
             return index
         # Two tokens' bytes (or 16-bit indices) in one word: low half the even token.
         wide = codes.view({1: np.uint16, 2: np.uint32}[codes.itemsize]).reshape(index.shape[1:])
-        half = scratch.get("half", wide.shape, wide.dtype)
+        half = work_array("half", wide.shape, wide.dtype)
         np.bitwise_and(wide, (1 << 8 * codes.itemsize) - 1, out=half)
         np.copyto(index[0], half)
         np.right_shift(wide, 8 * codes.itemsize, out=half)
@@ -208,7 +193,7 @@ def _packed_table(
 ) -> Array | None:
     """Build ``[entries, floats]``: the values behind one byte (width 3: byte and sign bits)."""
     bits = codec.code_bits
-    values = table.astype(dtype)
+    values: Array = table.astype(dtype)
     byte = np.arange(256)
     words = head_dim % 16 == 0
     if bits == 8:
@@ -224,7 +209,8 @@ def _packed_table(
         codes = [(entry >> 2 * i & 3) | (entry >> s & 1) << 2 for i, s in enumerate((8, 9, 12, 13))]
         return values[np.stack(codes, 1)]
     if bits in (1, 2, 4) and head_dim * bits % 8 == 0:
-        return values[byte[:, None] >> np.arange(0, 8, bits) & (1 << bits) - 1]
+        codes_in_byte = byte[:, None] >> np.arange(0, 8, bits) & (1 << bits) - 1
+        return np.asarray(values[codes_in_byte])
     return None
 
 
@@ -234,27 +220,27 @@ def _sign_table(dtype: np.dtype[Any]) -> Array:
     return (2 * bits - 1).astype(dtype)
 
 
-def _gather(table: Array, index: Array, scratch: Scratch, name: str = "tile") -> Array:
+def _gather(table: Array, index: Array, name: str = "tile") -> Array:
     """Return ``table[index]``, as one gather of whole entries."""
     entry = table.shape[1] * table.itemsize
     unit = {4: np.uint32, 8: np.uint64, 16: np.complex128}.get(entry)
     if unit is None:
-        out = scratch.get(name, (*index.shape, table.shape[1]), table.dtype)
+        out = work_array(name, (*index.shape, table.shape[1]), table.dtype)
         np.take(table, index, axis=0, out=out, mode="clip")
         return out
-    tile = scratch.get(name, index.shape, unit)
+    tile = work_array(name, index.shape, unit)
     np.take(np.ascontiguousarray(table).view(unit).reshape(-1), index, out=tile, mode="clip")
     return tile.view(table.dtype)
 
 
-def _gather_signs(codes: Array, scratch: Scratch) -> None:
+def _gather_signs(codes: Array) -> None:
     """Move key signs (width 4), in place, so that each byte holds the signs of its own nibbles.
 
     Two delta swaps: bits 3, 11 with 23, 31 give each half word its own signs, then bits 3, 19 with
     15, 31 give each byte its own.
     """
     words = codes.reshape(-1).view(np.uint32)
-    swap = scratch.get("swap", words.shape, np.uint32)
+    swap = work_array("swap", words.shape, np.uint32)
     for distance, mask in ((20, 0x00000808), (12, 0x00080008)):
         np.right_shift(words, distance, out=swap)
         np.bitwise_xor(swap, words, out=swap)
@@ -264,7 +250,7 @@ def _gather_signs(codes: Array, scratch: Scratch) -> None:
         np.bitwise_xor(words, swap, out=words)
 
 
-def _join_signs(codes: Array, signs: Array, split: int, scratch: Scratch) -> Array:
+def _join_signs(codes: Array, signs: Array, split: int) -> Array:
     """Return 14-bit indices of width-3 code bytes: magnitudes below, sign bits above.
 
     In memory (pair interleave included) sign byte ``p`` of 32-bit sign word ``i`` serves byte
@@ -273,8 +259,8 @@ def _join_signs(codes: Array, signs: Array, split: int, scratch: Scratch) -> Arr
     shape = codes.shape
     code_words = codes.reshape(-1, codes.size // (shape[0] * shape[1]) // 4, 4)
     sign_words = signs.reshape(code_words.shape[0], -1, 4)
-    joined = scratch.get("joined", code_words.shape, np.uint16)
-    high = scratch.get("high", sign_words.shape, np.uint16)
+    joined = work_array("joined", code_words.shape, np.uint16)
+    high = work_array("high", sign_words.shape, np.uint16)
     np.copyto(joined, code_words)
     for parity in (0, 1):
         part = joined[:, parity::2]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..codec.turboquant import EncodedVectors, TurboQuantCodec
+from ..codec.encoder import EncodedVectors
+from ..codec.turboquant import TurboQuantCodec
 from ..config import Exact
 from ..paging.layout import PageLayout
 from .dtypes import Float32, round_to, to_storage

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .dtypes import check_shape
+
 Array = npt.NDArray[Any]
 
 
@@ -41,3 +43,21 @@ def merge_states(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, A
     with np.errstate(divide="ignore"):
         lse = np.where(total > 0, np.log(total) + top, -np.inf)
     return out, lse.astype(stacked.dtype, copy=False)
+
+
+def add_sink(out: Array, lse: Array, sink_logits: Array | None) -> tuple[Array, Array]:
+    """Merge a learned attention sink into a state: a key of given logit and value 0.
+
+    Parameters
+    ----------
+    out : ndarray ``[tokens, num_q_heads, head_dim]``
+    lse : ndarray ``[tokens, num_q_heads]``
+        The state over all real keys.
+    sink_logits : ndarray ``[num_q_heads]`` or None
+        The sink's logit per head; None leaves the state as it is.
+    """
+    if sink_logits is None:
+        return out, lse
+    check_shape(sink_logits, "sink_logits", (lse.shape[1],), "one per query head")
+    sink = np.broadcast_to(np.asarray(sink_logits, lse.dtype), lse.shape)
+    return merge_states((out, np.zeros_like(out)), (lse, sink))

@@ -210,11 +210,14 @@ def _spread(words: npt.NDArray[Any], pitch: int, width: int, mask: int) -> npt.N
 def _pack_within_bytes(codes: npt.NDArray[Any], width: int) -> Bytes:
     # Codes that never cross a byte: fold a small word onto its lowest byte.
     if width == 4:
-        pairs = _words(codes, codes.shape[-1], "<u2")
-        return (pairs | pairs >> np.uint16(4)).astype(np.uint8)
-    quads = _words(codes, codes.shape[-1], "<u4")
-    quads = quads | quads >> np.uint32(6)
-    return (quads | quads >> np.uint32(12)).astype(np.uint8)
+        words = _words(codes, codes.shape[-1], "<u2")
+        words = words | words >> np.uint16(4)
+    else:
+        words = _words(codes, codes.shape[-1], "<u4")
+        words = words | words >> np.uint32(6)
+        words = words | words >> np.uint32(12)
+    packed: Bytes = words.astype(np.uint8)
+    return packed
 
 
 def _pack_key_nibbles(codes: Bytes) -> Bytes:

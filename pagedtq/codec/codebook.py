@@ -96,10 +96,11 @@ def codebook(head_dim: int, width: int) -> Codebook:
     if not 1 <= width <= 8:
         raise ArgumentError(f"codebook width must be in [1, 8], got {width}")
     optimum = lloyd_max(head_dim, width)
+    magnitudes: Floats
     odd_steps = None
     if width in HALF_INTEGER_WIDTHS:
         odd_steps, unit = _half_integer_magnitudes(head_dim, optimum)
-        magnitudes = odd_steps * (unit / 2)
+        magnitudes = odd_steps.astype(np.float64) * (unit / 2)
         relative = odd_steps / 2
     else:
         unit = 1.0
@@ -163,9 +164,8 @@ def lloyd_max(head_dim: int, width: int) -> Floats:
         # d(moment)/d(levels): moving a level moves both borders of its cell by half as much.
         half_gap = np.diff(levels) / 2
         border = half_gap * density(head_dim, levels[:-1] + half_gap) / 2
-        slope = np.diag(border, 1) + np.diag(border, -1) - np.diag(mass)
-        slope += np.diag(np.append(border, 0.0) + np.insert(border, 0, 0.0))
-        step = -np.linalg.solve(slope, moment)
+        diagonal = np.append(border, 0.0) + np.insert(border, 0, 0.0) - mass
+        step = -_solve_tridiagonal(diagonal, border, moment)
         if _ascending(levels + step) and distortion(head_dim, levels + step) <= loss:
             levels = levels + step
         elif np.max(np.abs(step)) > 1e-6:
@@ -175,6 +175,19 @@ def lloyd_max(head_dim: int, width: int) -> Floats:
             break
         loss = distortion(head_dim, levels)
     return levels
+
+
+def _solve_tridiagonal(diagonal: Floats, beside: Floats, right: Floats) -> Floats:
+    """Solve a symmetric tridiagonal system by elimination, in a fixed order."""
+    pivots, solution = diagonal.tolist(), right.tolist()
+    for i, off in enumerate(beside.tolist()):
+        ratio = off / pivots[i]
+        pivots[i + 1] -= ratio * off
+        solution[i + 1] -= ratio * solution[i]
+    solution[-1] /= pivots[-1]
+    for i in range(len(pivots) - 2, -1, -1):
+        solution[i] = (solution[i] - beside[i] * solution[i + 1]) / pivots[i]
+    return np.array(solution)
 
 
 def _ascending(levels: Floats) -> bool:
@@ -218,9 +231,7 @@ def _cells(head_dim: int, levels: Floats) -> tuple[Floats, Floats]:
     return nodes, w * width * density(head_dim, nodes) * root * np.cos(t)
 
 
-def _half_integer_magnitudes(
-    head_dim: int, optimum: Floats
-) -> tuple[npt.NDArray[np.int32], float]:
+def _half_integer_magnitudes(head_dim: int, optimum: Floats) -> tuple[npt.NDArray[np.int32], float]:
     """Find odd steps ``2 j + 1`` and the unit (12 significant bits) of least distortion.
 
     Every unit that puts the largest magnitude at ``j <= 127`` is tried; proportional vectors of

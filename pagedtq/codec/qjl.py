@@ -62,9 +62,7 @@ class Projection:
         self.rotation: Rotation | None = None
         if kind == "orthogonal":
             self.factor = math.sqrt(math.pi / (2 * head_dim))
-            self.rotation = Rotation(
-                head_dim, num_heads, seed, layer, STREAM, first_head, rotation
-            )
+            self.rotation = Rotation(head_dim, num_heads, seed, layer, STREAM, first_head, rotation)
             return
         self.factor = math.sqrt(math.pi / 2) / head_dim
         keys = [stream_key(seed, layer, STREAM, first_head + h) for h in range(num_heads)]

@@ -66,7 +66,7 @@ def random_words(key: int, count: int, start: int = 0) -> npt.NDArray[np.uint64]
 
 
 def random_signs(key: int, count: int) -> npt.NDArray[np.float32]:
-    """Return ``float32[count]`` of +1 and -1: entry ``i`` is -1 iff the top bit of word i is set."""
+    """Return ``float32[count]`` of +1 and -1: -1 where the top bit of the word is set."""
     top = random_words(key, count) >> np.uint64(63)
     return (1.0 - 2.0 * top.astype(np.float32)).astype(np.float32)
 

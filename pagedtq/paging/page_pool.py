@@ -125,9 +125,15 @@ class CountedPool:
         owned = self._owned(ids, "release")
         if owned.size == 0:
             return np.empty(0, np.int32)
-        before = self._refs[owned]
         last = self._last_occurrence(owned)
+        before = self._refs.take(owned)
         if last.all():
+            if not self._shared:
+                # The common case in three calls: every id is given once and loses its only owner.
+                self._refs[owned] = 0
+                freed: Int32 = owned.astype(np.int32)
+                self._enqueue(freed)
+                return freed
             after = before - 1
         else:
             _, inverse, times = np.unique(owned, return_inverse=True, return_counts=True)
@@ -140,7 +146,7 @@ class CountedPool:
                 )
         self._refs[owned] = after
         self._shared -= int(np.count_nonzero(last & (before > 1) & (after <= 1)))
-        freed: Int32 = owned[last & (after == 0)].astype(np.int32)
+        freed = owned[last & (after == 0)].astype(np.int32)
         self._enqueue(freed)
         return freed
 
@@ -214,17 +220,20 @@ class CountedPool:
 
     def _owned(self, ids: Integers, operation: str) -> Int64:
         """Return the ids without the skipped "none", checked to be in range and owned."""
-        given = integers(f"{self.noun}s", ids)
-        array: Int64 = given[given != self._first - 1]
+        array = integers(self.noun, ids)
         if array.size == 0:
             return array
-        if int(array.min()) < self._first or int(array.max()) >= self._refs.size:
+        lowest, highest = int(array.min()), int(array.max())
+        if lowest == self._first - 1:
+            array = array[array != lowest]
+            lowest = int(array.min()) if array.size else self._first
+        if lowest < self._first or highest >= self._refs.size:
             worst = int(array[(array < self._first) | (array >= self._refs.size)][0])
             raise ArgumentError(
                 f"{operation}: {self.noun} must be in [{self._first}, {self._refs.size - 1}], "
                 f"got {worst}"
             )
-        refs = self._refs[array]
+        refs = self._refs.take(array)
         if not refs.all():
             worst = int(array[refs == 0][0])
             raise ArgumentError(f"{operation}: {self.noun} {worst} has no owner")
@@ -234,7 +243,7 @@ class CountedPool:
         # NumPy keeps the last of several values assigned to one place.
         order = np.arange(ids.size)
         self._scratch[ids] = order
-        last: Bools = self._scratch[ids] == order
+        last: Bools = self._scratch.take(ids) == order
         return last
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pagedtq.backends.dtypes import as_float32, check_range, from_storage, round_to, to_storage
+from pagedtq.backends.dtypes import as_float32, check_range, round_to, to_storage, widen
 from pagedtq.errors import ArgumentTypeError, NonFiniteError, OverflowingError
 
 F16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
@@ -48,7 +48,7 @@ def test_storage_round_trips_what_was_rounded(kv_dtype):
     rounded = round_to(values, kv_dtype)
     stored = to_storage(rounded, kv_dtype)
     assert stored.itemsize == {"f16": 2, "bf16": 2, "f32": 4}[kv_dtype]
-    np.testing.assert_array_equal(from_storage(stored, kv_dtype), rounded)
+    np.testing.assert_array_equal(widen(stored, kv_dtype), rounded)
 
 
 def test_bfloat16_bits_are_never_guessed():

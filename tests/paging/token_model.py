@@ -7,58 +7,11 @@ Python lists. Two layers are kept: one with the exact overlay, one without (all 
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from token_layers import POISON, Layer
 
 from pagedtq.errors import EvictedError, OutOfPages, OutOfWindowSlots
-from pagedtq.paging import KeepFirstLast, PageTables, StepPlan
-from pagedtq.paging import eviction
-
-POISON = -7
-CLEARED = -1
-
-
-class Layer:
-    """Pages, rings and sinks of one layer, one integer per token."""
-
-    def __init__(self, tables: PageTables, overlay: bool) -> None:
-        self.overlay = overlay
-        self.pages = np.full(tables.pool.num_pages * tables.page_size, POISON)
-        self.rings = np.full(max(tables.windows.num_slots * tables.window_tokens, 1), POISON)
-        self.sinks = np.full(max(tables.windows.num_slots * tables.num_sinks, 1), POISON)
-
-    def begin(self, tables: PageTables, plan: StepPlan) -> None:
-        rows = self.pages.reshape(-1, tables.page_size)
-        rows[plan.new_pages] = CLEARED
-        if not self.overlay:
-            rows[plan.cow_dst] = rows[plan.cow_src]
-            return
-        rows[plan.copy_dst] = rows[plan.copy_src]
-        if tables.window_tokens:
-            rings = self.rings.reshape(-1, tables.window_tokens)
-            rings[plan.window_copy_dst] = rings[plan.window_copy_src]
-        if tables.num_sinks:
-            sinks = self.sinks.reshape(-1, tables.num_sinks)
-            sinks[plan.sink_copy_dst] = sinks[plan.sink_copy_src]
-
-    def store(self, plan: StepPlan, tokens: np.ndarray) -> None:
-        if not self.overlay:
-            self._write(self.pages, plan.slot_mapping, tokens)
-            return
-        self._write(self.pages, plan.seal_mapping, self.rings[plan.seal_rows])
-        self._write(self.pages, plan.store_mapping, tokens)
-        self._write(self.sinks, plan.sink_mapping, tokens)
-        self._write(self.rings, plan.ring_mapping, tokens)
-
-    def abort(self, plan: StepPlan) -> None:
-        if self.overlay:
-            rows, mapping = plan.abort_seal()
-            self._write(self.pages, mapping, self.rings[rows])
-
-    @staticmethod
-    def _write(target: np.ndarray, mapping: np.ndarray, tokens: np.ndarray) -> None:
-        used = mapping >= 0
-        places = mapping[used]
-        assert np.unique(places).size == places.size, "a place is written twice"
-        target[places] = tokens[used]
+from pagedtq.paging import KeepFirstLast, PageTables, StepPlan, eviction
 
 
 class Sequence:
@@ -109,25 +62,21 @@ class TokenCache:
         free, free_slots = tables.pool.num_free, tables.windows.num_free
         if need > free or slots > free_slots:
             before = self.snapshot()
-            try:
-                tables.reserve(seq_ids, num_new)
-            except OutOfPages as error:
-                assert (error.need, error.free) == (need, free)
-                assert error.total == tables.pool.num_pages - 1
-            except OutOfWindowSlots as error:
-                assert need <= free
-                assert (error.need, error.free) == (slots, free_slots)
+            if need > free:
+                expected, numbers = OutOfPages, (need, free, tables.pool.num_pages - 1)
             else:
-                raise AssertionError("a step that does not fit was reserved")
+                expected, numbers = OutOfWindowSlots, (slots, free_slots, tables.windows.num_slots)
+            with pytest.raises(expected) as caught:
+                tables.reserve(seq_ids, num_new)
+            assert (caught.value.need, caught.value.free, caught.value.total) == numbers
             assert before == self.snapshot()
             return False
         plan = tables.reserve(seq_ids, num_new)
         assert tables.pool.num_free == free - need
         assert tables.windows.num_free == free_slots - slots
         assert plan.new_pages.size + plan.copy_dst.size == need
-        assert set(plan.copy_dst) <= set(plan.cow_dst) and len(set(plan.cow_dst)) == len(
-            plan.cow_dst
-        )
+        assert set(plan.copy_dst) <= set(plan.cow_dst)
+        assert len(set(plan.cow_dst)) == plan.cow_dst.size
         assert np.array_equal(tables.lengths(seq_ids), lengths + num_new)
         tokens = np.arange(self.next_token, self.next_token + plan.num_tokens)
         self.next_token += tokens.size
@@ -160,12 +109,10 @@ class TokenCache:
         size, sequence = self.tables.page_size, self.model[seq_id]
         if length % size and length // size in sequence.evicted:
             before = self.snapshot()
-            try:
+            with pytest.raises(EvictedError):
                 self.tables.truncate(seq_id, length)
-            except EvictedError:
-                assert before == self.snapshot()
-                return
-            raise AssertionError("truncated inside an evicted block")
+            assert before == self.snapshot()
+            return
         state = self.tables.state(seq_id)
         self.poison(self.tables.truncate(seq_id, length))
         assert self.tables.state(seq_id) == tuple(min(value, length) for value in state)
@@ -204,7 +151,8 @@ class TokenCache:
 
     def poison(self, freed: np.ndarray) -> None:
         """Overwrite freed pages, so that reading one is noticed."""
-        assert freed.size == np.unique(freed).size and 0 not in freed
+        assert freed.size == np.unique(freed).size
+        assert 0 not in freed
         assert not self.tables.pool.ref_counts[freed].any()
         for layer in self.layers:
             layer.pages.reshape(-1, self.tables.page_size)[freed] = POISON
@@ -218,6 +166,10 @@ class TokenCache:
         for seq_id in ids:
             resident += self._check_sequence(seq_id)
         assert self.tables.resident_tokens == resident
+        size, sequences = self.tables.page_size, self.model.values()
+        blocks = sum(-(-len(s.tokens) // size) - len(s.evicted) for s in sequences)
+        assert self.tables.num_resident_blocks == blocks
+        assert self.tables.logical_tokens == sum(len(s.tokens) for s in sequences)
         distinct = {int(page) for row in self.tables.block_table(ids) for page in row if page}
         assert self.tables.pool.num_used == len(distinct)
 
@@ -268,7 +220,8 @@ class TokenCache:
         for layer in self.layers:
             reads = tables.reads([seq_id], layer.overlay)
             kv_len, first, stop, keep, start = (int(field[0]) for field in reads)
-            assert kv_len == tokens.size and 0 <= first <= stop <= kv_len
+            assert kv_len == tokens.size
+            assert 0 <= first <= stop <= kv_len
             found = np.full(tokens.size, POISON)
             allowed = resident & ((positions < keep) | (positions >= start))
             assert np.array_equal(allowed, readable)

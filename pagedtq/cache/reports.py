@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from .config import DTYPE_BYTES, CacheConfig
-from .paging.layout import PageLayout
-from .paging.page_tables import PageTables
+from ..config import DTYPE_BYTES, CacheConfig
+from ..paging.layout import PageLayout
+from ..paging.page_tables import PageTables
 
 
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,25 +8,21 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from .backends import Backend, select_backend
-from .backends.host import finish
-from .backends.host_score import PageStats, Scores, page_stats
-from .backends.states import merge_states
-from .cache_reports import CacheStats, MemoryReport, cache_stats, memory_report
-from .config import CacheConfig, Dtype
-from .errors import ArgumentError, IntegrityError, StepError
-from .paging.eviction import EvictionPolicy, apply
-from .paging.page_tables import PageTables
-from .paging.step_plan import SequenceState, StepPlan
+from ..backends import select_backend
+from ..config import CacheConfig, Dtype
+from ..errors import ArgumentError, StepError
+from ..paging.eviction import EvictionPolicy, apply
+from ..paging.page_tables import PageTables
+from ..paging.step_plan import StepPlan
+from .reads import CacheReads, SeqIds
 
 Array = npt.NDArray[Any]
-SeqIds = int | Sequence[int] | Array
 
 #: What debug mode writes into pages that are free or fresh: as float16, NaN.
 POISON = 0xFF
 
 
-class PagedKVCache:
+class PagedKVCache(CacheReads):
     """A KV cache in fixed-size pages of TurboQuant codes.
 
     Parameters
@@ -62,24 +58,21 @@ class PagedKVCache:
         num_threads: int | None = None,
         debug: bool = False,
     ) -> None:
-        self.config = config
-        self.debug = debug
-        self.backend: Backend = select_backend(
-            backend, config, key_means=key_means, accumulate=accumulate, num_threads=num_threads
-        )
-        self.tables = PageTables(
+        tables = PageTables(
             config.page_size,
             config.num_pages,
             config.window_tokens,
             config.num_sinks,
             config.num_window_slots if config.window_tokens else 0,
         )
+        chosen = select_backend(
+            backend, config, key_means=key_means, accumulate=accumulate, num_threads=num_threads
+        )
+        super().__init__(config, chosen, tables)
+        self.debug = debug
         self.backend.page_owners = self.tables.pool.ref_counts
-        self._step: StepPlan | None = None
-        self._stored: set[int] = set()
         layers = range(config.num_layers)
-        # Layers without an overlay have codes of every token, so their open page always has bytes.
-        self._all_overlay = all(config.has_overlay(layer) for layer in layers)
+        self._overlay_layers = [layer for layer in layers if config.has_overlay(layer)]
 
     def __repr__(self) -> str:
         pool = self.tables.pool
@@ -132,14 +125,6 @@ class PagedKVCache:
             self._freed(apply(self.tables, what.plan(self.tables, seq_id)))
         else:
             self._freed(self.tables.evict(seq_id, np.asarray(what)))
-
-    def length(self, seq_id: int) -> int:
-        """Return the number of tokens of a sequence, evicted ones included."""
-        return int(self.tables.lengths(np.array([seq_id]))[0])
-
-    def state(self, seq_id: int) -> SequenceState[int]:
-        """Return the window state ``(L, c, r, s)`` of a sequence."""
-        return self.tables.state(seq_id)
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -222,15 +207,17 @@ class PagedKVCache:
         if counts.ndim == 0:
             counts = np.full(len(ids), counts)
         plan = self.tables.reserve(ids, counts)
-        pages, windows = self.backend.pages, self.backend.windows
+        pages = self.backend.pages
         if self.debug:
             pages.fill(plan.new_pages, POISON)
         pages.clear_norms(plan.new_pages)
-        if self._all_overlay:
+        # Layers without an overlay have codes of every token: their open page always has bytes.
+        if len(self._overlay_layers) == self.config.num_layers:
             pages.copy(plan.copy_src, plan.copy_dst)
         else:
             pages.copy(plan.cow_src, plan.cow_dst)
-        for window in windows.values():
+        for layer in self._overlay_layers:
+            window = self.backend.window(layer)
             window.copy_slots(plan.window_copy_src, plan.window_copy_dst)
             window.copy_records(plan.sink_copy_src, plan.sink_copy_dst)
         self._step, self._stored = plan, set()
@@ -258,15 +245,15 @@ class PagedKVCache:
         plan = self._open_step("store")
         if layer in self._stored:
             raise StepError(f"layer {layer} is already stored in this step")
-        checked = self.backend.check(layer, keys, values, dtype)
-        if len(checked[0]) != plan.num_tokens:
-            raise ArgumentError(f"the step has {plan.num_tokens} tokens, got {len(checked[0])}")
+        batch = self.backend.check(layer, keys, values, dtype)
+        if len(batch) != plan.num_tokens:
+            raise ArgumentError(f"the step has {plan.num_tokens} tokens, got {len(batch)}")
         if self.config.has_overlay(layer):
             self.backend.seal(layer, plan.seal_rows, plan.seal_mapping)
-            self.backend.write(layer, *checked, plan.store_mapping)
-            self.backend.windows[layer].write(*checked, plan.ring_mapping, plan.sink_mapping)
+            self.backend.write(layer, batch, plan.store_mapping)
+            self.backend.window(layer).write(batch, plan.ring_mapping, plan.sink_mapping)
         else:
-            self.backend.write(layer, *checked, plan.slot_mapping)
+            self.backend.write(layer, batch, plan.slot_mapping)
         self.backend.write_bounds(layer, plan.filled_pages)
         self._stored.add(layer)
 
@@ -295,218 +282,13 @@ class PagedKVCache:
         # Stored layers have sealed what this step seals, and overwritten the rows it came from;
         # all layers must agree on the coded watermark afterwards.
         rows, mapping = plan.abort_seal()
-        for layer in self.backend.windows:
+        for layer in self._overlay_layers:
             if layer not in self._stored:
                 self.backend.seal(layer, rows, mapping)
         self._step = None
         self._freed(self.tables.abort(plan))
 
-    # -- reading -----------------------------------------------------------------------------
-
-    def attend(
-        self,
-        layer: int,
-        queries: Array,
-        seq_ids: SeqIds,
-        q_lens: Sequence[int] | Array | None = None,
-        sm_scale: float | None = None,
-        keys: Array | None = None,
-        values: Array | None = None,
-        *,
-        soft_cap: float | None = None,
-        sink_logits: Array | None = None,
-        window_left: int | None = None,
-    ) -> tuple[Array, Array]:
-        """Attend over sequences: sinks and ring exactly, the body on its codes.
-
-        Parameters
-        ----------
-        layer : int
-            The layer; in an open step it must be stored.
-        queries : ndarray ``[tokens, num_q_heads, head_dim]``
-            Of the last ``q_lens[b]`` tokens of each sequence, in batch order.
-        seq_ids : int or sequence of int
-            The batch.
-        q_lens : sequence of int, optional
-            Query tokens per sequence, one each by default; a query reads up to its own position.
-        sm_scale : float, optional
-            Logit scale, ``1 / sqrt(head_dim)`` by default.
-        keys, values : ndarray ``[tokens, num_kv_heads, head_dim]``, optional
-            The query tokens' own keys and values, read exactly instead of what is stored.
-        soft_cap : float, optional
-            Logits become ``soft_cap * tanh(logit / soft_cap)``.
-        sink_logits : ndarray ``[num_q_heads]``, optional
-            Learned sink logits: they take mass and add nothing to the output.
-        window_left : int, optional
-            A query at p reads positions ``>= p - window_left`` only (sliding-window layers).
-
-        Returns
-        -------
-        out : ndarray ``[tokens, num_q_heads, head_dim]``
-        lse : ndarray ``[tokens, num_q_heads]``
-            Of true logits; -inf (and ``out`` 0) where nothing is readable.
-        """
-        ids = self._readable(layer, seq_ids)
-        scale = self.config.head_dim**-0.5 if sm_scale is None else sm_scale
-        lens = None if q_lens is None else np.asarray(q_lens)
-        overlay = self.config.has_overlay(layer)
-        reads = self.tables.reads(ids, overlay)
-        table = self.tables.block_table(ids)
-        out, lse = self.backend.attend(
-            layer,
-            queries,
-            table,
-            reads,
-            scale,
-            lens,
-            keys,
-            values,
-            soft_cap=soft_cap,
-            sink_logits=None if overlay else sink_logits,
-            window_left=window_left,
-        )
-        if not overlay:
-            return out, lse
-        exact = self.backend.attend_window(
-            layer,
-            queries,
-            self.tables.window_slots(ids),
-            self.tables.sink_records(ids),
-            reads,
-            scale,
-            lens,
-            chunk_apart=keys is not None,
-            soft_cap=soft_cap,
-            window_left=window_left,
-        )
-        merged = merge_states((out, exact[0]), (lse, exact[1]))
-        return finish(*(part[:, :, None] for part in merged), sink_logits)
-
-    def score(self, layer: int, queries: Array, seq_ids: SeqIds) -> Scores:
-        """Score one query token per sequence against its readable keys.
-
-        Parameters
-        ----------
-        layer : int
-            The layer.
-        queries : ndarray ``[batch, num_q_heads, head_dim]``
-            One query token per sequence.
-        seq_ids : int or sequence of int
-            The batch.
-
-        Returns
-        -------
-        Scores
-            True inner products ``q . k``: exact where `attend` is exact, without scale.
-        """
-        ids = self._readable(layer, seq_ids)
-        overlay = self.config.has_overlay(layer)
-        reads = self.tables.reads(ids, overlay)
-        scores = self.backend.score(layer, queries, self.tables.block_table(ids), reads)
-        if not overlay:
-            return scores
-        return self.backend.windows[layer].add_scores(
-            scores, queries, self.tables.window_slots(ids), self.tables.sink_records(ids), reads
-        )
-
-    def page_stats(self, scores: Scores) -> PageStats:
-        """Reduce `score`'s result to a maximum and a softmax mass per page."""
-        return page_stats(scores, self.config.page_size)
-
-    def load(self, layer: int, seq_id: int, exact: bool = True) -> tuple[Array, Array, Array]:
-        """Return what `attend` would read of a sequence, dense.
-
-        Parameters
-        ----------
-        layer : int
-            The layer.
-        seq_id : int
-            The sequence.
-        exact : bool
-            Sinks and ring from the exact window; False decodes every position from its page.
-
-        Returns
-        -------
-        keys, values : ndarray ``[n, num_kv_heads, head_dim]``
-        positions : ndarray of int64 ``[n]``
-            Ascending; evicted and masked positions are absent.
-
-        Raises
-        ------
-        ArgumentError
-            ``exact=False`` although positions at the end have no codes yet.
-        """
-        ids = self._readable(layer, seq_id)
-        state = self.tables.state(seq_id)
-        overlay = self.config.has_overlay(layer)
-        if overlay and not exact and state.coded < state.length:
-            raise ArgumentError(
-                f"positions [{state.coded}, {state.length}) are in the exact window only; "
-                f"use exact=True"
-            )
-        reads = self.tables.reads(ids, overlay and exact)
-        positions = np.arange(state.length)
-        kept = (positions < reads.keep[0]) | (positions >= reads.start[0])
-        slots = self.tables.slots_of(seq_id, positions)
-        positions = positions[kept & (slots >= 0)]
-        slots = slots[positions]
-        body = (positions >= reads.first[0]) & (positions < reads.stop[0])
-        keys, values = self.backend.load(layer, slots[body])
-        if not (overlay and exact):
-            return keys, values, positions
-        window = self.backend.windows[layer]
-        parts = window.read_positions(
-            int(self.tables.window_slots(ids)[0]),
-            int(self.tables.sink_records(ids)[0]),
-            positions[positions < reads.first[0]],
-            positions[positions >= reads.stop[0]],
-        )
-        (sink_keys, sink_values), (ring_keys, ring_values) = parts
-        return (
-            np.concatenate([sink_keys, keys, ring_keys]),
-            np.concatenate([sink_values, values, ring_values]),
-            positions,
-        )
-
-    # -- reports -----------------------------------------------------------------------------
-
-    def stats(self) -> CacheStats:
-        """Count pages, window slots, sequences and tokens."""
-        return cache_stats(self.tables)
-
-    def memory_report(self) -> MemoryReport:
-        """Account for every byte held, beside what fp16 and fp32 would take."""
-        return memory_report(self.config, self.backend.layout, self.tables)
-
-    def check_integrity(self) -> None:
-        """Prove the invariants of tables and pools.
-
-        Raises
-        ------
-        IntegrityError
-            Naming the first broken one.
-        """
-        self.tables.check_integrity()
-        if self._step is None and self._stored and len(self._stored) > self.config.num_layers:
-            raise IntegrityError("more layers stored than there are")
-
     # -- parts -------------------------------------------------------------------------------
-
-    @staticmethod
-    def _ids(seq_ids: SeqIds) -> Array:
-        return np.atleast_1d(np.asarray(seq_ids))
-
-    def _readable(self, layer: int, seq_ids: SeqIds) -> Array:
-        ids = self._ids(seq_ids)
-        step = self._step
-        if step is not None and layer not in self._stored:
-            members = np.isin(ids, step.seq_ids[step.num_new > 0])
-            if members.any():
-                raise StepError(
-                    f"sequence {ids[members][0]} is in the open step, whose layer {layer} "
-                    f"is not stored yet"
-                )
-        return ids
 
     def _open_step(self, verb: str) -> StepPlan:
         if self._step is None:

@@ -1,0 +1,227 @@
+"""One layer of the host backend: its codecs, its pages' readers and writers, its exact window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ..codec.turboquant import TurboQuantCodec
+from ..config import Dtype, TurboQuant
+from ..paging.layout import PageLayout
+from ..paging.table_views import Reads
+from .dtypes import Float32, f16_towards
+from .host_attend import PageAttention, Span, span_of
+from .host_score import Scores
+from .host_window import WindowStore
+from .page_reader import StreamReader
+from .page_writer import PageWriter
+from .queries import PreparedQueries, QueryTokens, prepare_queries, unrotate_outputs
+from .tokens import Codecs, TokenBatch, check_tokens
+from .workers import Workers
+
+Array = npt.NDArray[Any]
+Stream = Literal["key", "value"]
+
+_STREAMS: tuple[Stream, Stream] = ("key", "value")
+# Threads pay off once each has arrays of some hundred kilobytes; below, handing the GIL over costs
+# more than the second core brings.
+_PARALLEL_TOKENS = 2048
+_PIECE_VECTORS = 2048
+
+
+class HostLayer:
+    """Everything the host backend does to one layer; arguments are checked by the caller.
+
+    Parameters
+    ----------
+    layout : PageLayout
+        Where everything lies.
+    pool : ndarray of uint8
+        The pool.
+    layer : int
+        Which layer.
+    mean : ndarray of float32 ``[num_kv_heads, head_dim]`` or None
+        Key mean.
+    dtype : dtype
+        Type of all arithmetic after decoding.
+    workers : Workers
+        Threads.
+    """
+
+    def __init__(
+        self,
+        layout: PageLayout,
+        pool: Array,
+        layer: int,
+        mean: Float32 | None,
+        dtype: np.dtype[Any],
+        workers: Workers,
+    ) -> None:
+        config = layout.config
+        self.config, self.dtype, self.workers = config, dtype, workers
+        self.codecs: Codecs = (
+            self._codec(layer, "key", mean),
+            self._codec(layer, "value", None),
+        )
+        self.mean = mean if self.codecs[0] is not None else None
+        self.writer = PageWriter(layout, pool, layer, self.codecs)
+        readers = (
+            StreamReader(
+                layout,
+                pool,
+                layer,
+                stream,
+                form,
+                None if codec is None else codec.book.table,
+                dtype,
+            )
+            for stream, codec, form in zip(_STREAMS, self.codecs, config.layer_codecs(layer))
+        )
+        self.attention = PageAttention(*readers)
+        self.window = WindowStore(config) if config.has_overlay(layer) else None
+        has_bounds = "key_bounds" in layout.extents[layer].planes
+        self._bounds = layout.plane_view(pool, layer, "key_bounds") if has_bounds else None
+
+    def check(self, keys: Array, values: Array, dtype: Dtype | None) -> TokenBatch:
+        """Check tokens; see `check_tokens`."""
+        return check_tokens(self.config, self.codecs, keys, values, dtype)
+
+    def write(self, batch: TokenBatch, slots: Array) -> None:
+        """Encode tokens into slots; negative slots are skipped."""
+        chosen = np.flatnonzero(slots >= 0)
+        whole = chosen.size == slots.size
+        # Pieces begin at even tokens, so that the pairs of values stay together.
+        step = max(2, _PIECE_VECTORS // self.config.num_kv_heads // 2 * 2)
+
+        def encode(item: tuple[Stream, int]) -> None:
+            stream, begin = item
+            part = slice(begin, begin + step) if whole else chosen[begin : begin + step]
+            self.writer.write(stream, batch.vectors(stream, part), slots[part])
+
+        work = [(stream, at) for at in range(0, chosen.size, step) for stream in _STREAMS]
+        self.workers.run(encode, work, parallel=len(work) > 2)
+
+    def write_bounds(self, pages: Array) -> None:
+        """Write the key bounds of full pages: per rotated channel, rounded outwards to f16."""
+        if self._bounds is None or not len(pages):
+            return
+        keys, size = self.attention.keys, self.config.page_size
+        for head in range(self.config.num_kv_heads):
+            tile = keys.tile(pages, head).reshape(len(pages), size, -1)
+            norms = keys.norms(pages, head)
+            assert norms is not None
+            tile = tile * norms.reshape(len(pages), size, 1)
+            self._bounds[pages, head, 0] = f16_towards(tile.min(axis=1), -np.inf)
+            self._bounds[pages, head, 1] = f16_towards(tile.max(axis=1), np.inf)
+
+    def attend(
+        self,
+        tokens: QueryTokens,
+        block_table: Array,
+        reads: Reads,
+        sm_scale: float,
+        soft_cap: float | None,
+    ) -> tuple[Array, Array]:
+        """Attend over pages.
+
+        Returns
+        -------
+        out : ndarray ``[tokens, num_kv_heads, group, head_dim]``
+        lse : ndarray ``[tokens, num_kv_heads, group]``
+        """
+        prepared = self._prepare(tokens, sm_scale)
+        spans = self._spans(block_table, reads)
+        ends = np.cumsum(tokens.q_lens)
+        out = np.zeros_like(tokens.values)
+        lse = np.full(out.shape[:3], -np.inf, self.dtype)
+
+        def one(unit: tuple[int, int]) -> None:
+            index, head = unit
+            part = slice(int(ends[index] - tokens.q_lens[index]), int(ends[index]))
+            span = spans[index]
+            if not len(span.pages) or part.start == part.stop:
+                return
+            rows = prepared.rows(tokens, part, head)
+            total, mass = self.attention.attend(span, head, rows, soft_cap)
+            out[part, head] = total.reshape(out[part, head].shape)
+            lse[part, head] = mass.reshape(lse[part, head].shape)
+
+        self._run(one, spans)
+        return unrotate_outputs(self.codecs[1], out), lse
+
+    def score(self, tokens: QueryTokens, block_table: Array, reads: Reads) -> Scores:
+        """Score one query token per sequence against its readable keys in pages."""
+        prepared = self._prepare(tokens, 1.0)
+        spans = self._spans(block_table, reads)
+        positions = [span.positions(self.config.page_size) for span in spans]
+        chosen = [span.allows(inside) for span, inside in zip(spans, positions)]
+        indptr = np.cumsum([0, *(int(mask.sum()) for mask in chosen)])
+        heads, group = tokens.values.shape[1:3]
+        values = np.empty((heads, group, int(indptr[-1])), self.dtype)
+
+        def one(unit: tuple[int, int]) -> None:
+            index, head = unit
+            rows = prepared.rows(tokens, slice(index, index + 1), head)
+            flat = self.attention.scores(spans[index], head, rows)
+            values[head, :, indptr[index] : indptr[index + 1]] = flat[:, chosen[index]]
+
+        self._run(one, spans)
+        flat_positions = [inside[mask] for inside, mask in zip(positions, chosen)]
+        return Scores(
+            values.reshape(heads * group, -1),
+            indptr,
+            np.concatenate([np.zeros(0, np.int64), *flat_positions]),
+        )
+
+    def load(self, slots: Array) -> tuple[Array, Array]:
+        """Decode page slots to ``[n, num_kv_heads, head_dim]``, in the original space."""
+        heads = range(self.config.num_kv_heads)
+        key_reader = self.attention.keys
+        keys, values = (
+            np.stack([reader.rows(slots, head) for head in heads], axis=1)
+            for reader in (key_reader, self.attention.values)
+        )
+        key_codec, value_codec = self.codecs
+        if key_codec is not None:
+            if key_codec.projection is not None:
+                sketch = np.stack([key_reader.qjl_rows(slots, head) for head in heads], axis=1)
+                back = key_codec.projection.project_back(sketch)
+                keys += back * self.dtype.type(key_codec.projection.factor)
+            keys = key_codec.rotation.inverse(keys)
+            if self.mean is not None:
+                keys = keys + self.mean
+        return keys, values if value_codec is None else value_codec.rotation.inverse(values)
+
+    def _codec(self, layer: int, stream: Stream, mean: Float32 | None) -> TurboQuantCodec | None:
+        config = self.config
+        form = config.layer_codecs(layer)[stream == "value"]
+        if not isinstance(form, TurboQuant):
+            return None
+        return TurboQuantCodec(
+            form,
+            config.head_dim,
+            config.num_kv_heads,
+            seed=config.seed,
+            layer=layer,
+            stream=stream,
+            first_kv_head=config.first_kv_head,
+            mean=mean,
+        )
+
+    def _prepare(self, tokens: QueryTokens, scale: float) -> PreparedQueries:
+        return prepare_queries(tokens, self.codecs[0], self.mean, scale)
+
+    def _spans(self, block_table: Array, reads: Reads) -> list[Span]:
+        fields = (reads.first, reads.stop, reads.keep, reads.start)
+        bounds = zip(*(field.tolist() for field in fields))
+        size = self.config.page_size
+        return [span_of(row, size, bound) for row, bound in zip(block_table, bounds)]
+
+    def _run(self, work: Callable[[tuple[int, int]], None], spans: list[Span]) -> None:
+        """Run ``work((sequence, head))`` for all, on threads where the arrays are large."""
+        units = [(b, h) for b in range(len(spans)) for h in range(self.config.num_kv_heads)]
+        tokens = sum(len(span.pages) for span in spans) * self.config.page_size
+        self.workers.run(work, units, parallel=tokens >= _PARALLEL_TOKENS * len(spans))

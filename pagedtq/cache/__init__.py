@@ -1,0 +1,6 @@
+"""The cache: page tables and page bytes joined."""
+
+from .kv_cache import PagedKVCache
+from .reports import CacheStats, MemoryReport
+
+__all__ = ["CacheStats", "MemoryReport", "PagedKVCache"]

@@ -1,0 +1,55 @@
+"""The bytes of one layer, one integer per token, moved as the plans of PageTables say."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedtq.paging import PageTables, StepPlan
+
+POISON = -7
+CLEARED = -1
+
+
+class Layer:
+    """Pages, rings and sinks of one layer, one integer per token."""
+
+    def __init__(self, tables: PageTables, overlay: bool) -> None:
+        self.overlay = overlay
+        self.pages = np.full(tables.pool.num_pages * tables.page_size, POISON)
+        self.rings = np.full(max(tables.windows.num_slots * tables.window_tokens, 1), POISON)
+        self.sinks = np.full(max(tables.windows.num_slots * tables.num_sinks, 1), POISON)
+
+    def begin(self, tables: PageTables, plan: StepPlan) -> None:
+        rows = self.pages.reshape(-1, tables.page_size)
+        rows[plan.new_pages] = CLEARED
+        if not self.overlay:
+            rows[plan.cow_dst] = rows[plan.cow_src]
+            return
+        rows[plan.copy_dst] = rows[plan.copy_src]
+        if tables.window_tokens:
+            rings = self.rings.reshape(-1, tables.window_tokens)
+            rings[plan.window_copy_dst] = rings[plan.window_copy_src]
+        if tables.num_sinks:
+            sinks = self.sinks.reshape(-1, tables.num_sinks)
+            sinks[plan.sink_copy_dst] = sinks[plan.sink_copy_src]
+
+    def store(self, plan: StepPlan, tokens: np.ndarray) -> None:
+        if not self.overlay:
+            self._write(self.pages, plan.slot_mapping, tokens)
+            return
+        self._write(self.pages, plan.seal_mapping, self.rings[plan.seal_rows])
+        self._write(self.pages, plan.store_mapping, tokens)
+        self._write(self.sinks, plan.sink_mapping, tokens)
+        self._write(self.rings, plan.ring_mapping, tokens)
+
+    def abort(self, plan: StepPlan) -> None:
+        if self.overlay:
+            rows, mapping = plan.abort_seal()
+            self._write(self.pages, mapping, self.rings[rows])
+
+    @staticmethod
+    def _write(target: np.ndarray, mapping: np.ndarray, tokens: np.ndarray) -> None:
+        used = mapping >= 0
+        places = mapping[used]
+        assert np.unique(places).size == places.size, "a place is written twice"
+        target[places] = tokens[used]
