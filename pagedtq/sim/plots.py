@@ -168,7 +168,7 @@ def _throughput(report: SimulationReport, figure: Any) -> None:
         )
         axes.set_xlim(0, 1.3 * max(bound, *values))
     axes.invert_yaxis()
-    axes.grid(visible=False, axis="y")
+    axes.grid(visible=False)
     axes.tick_params(axis="y", length=0)
     axes.set(title=_setting(report), xlabel=f"Output tokens per second, {base.name} = 1")
 
