@@ -5,9 +5,10 @@ The transform is computed unnormalised, ``raw = sqrt(d) R x``, in a fixed order:
 1. multiply by the head's signs;
 2. butterfly stages of stride 1, 2, 4, ... on the power-of-two part: elements ``i`` and
    ``i + stride`` become their sum and their difference;
-3. for ``d = m 2**k`` with m = 3, 5 or 7, the discrete Hartley matrix ``cas(2 pi a b / m)``,
-   ``cas = cos + sin``, across the m contiguous parts of ``2**k`` elements: part ``a`` becomes
-   ``sum over b`` of ``cas * part b``, b ascending, each product rounded before it is added.
+3. for ``d = m 2**k`` in `MIXED_RADIX` (m = 3, 5 or 7), the discrete Hartley matrix
+   ``cas(2 pi a b / m)``, ``cas = cos + sin``, across the m contiguous parts of ``2**k`` elements:
+   part ``a`` becomes ``sum over b`` of ``cas * part b``, b ascending, each product rounded before
+   it is added.
 
 Signs are mandatory: a Hadamard transform alone maps a constant vector to one coordinate. Other
 dimensions get a dense orthogonal matrix (Gram-Schmidt on Gaussians: a Haar-distributed rotation),
@@ -35,7 +36,8 @@ from .planar import (
 )
 from .random_streams import random_gaussians, random_signs, stream_key
 
-ODD_FACTORS = (3, 5, 7)
+#: Head dimensions with an odd factor that have a fast transform.
+MIXED_RADIX = (80, 96, 112, 160, 192)
 
 _warned: set[int] = set()
 _warned_lock = threading.Lock()
@@ -51,8 +53,8 @@ class Rotation:
     Parameters
     ----------
     head_dim : int
-        At least 3. ``2**k``, ``3 * 2**k``, ``5 * 2**k`` and ``7 * 2**k`` have a fast transform;
-        any other uses a dense matrix and warns once per dimension.
+        At least 3. Powers of two and `MIXED_RADIX` have a fast transform; any other uses a dense
+        matrix and warns once per dimension.
     num_heads : int
         Local KV heads.
     seed, layer : int
@@ -92,7 +94,7 @@ class Rotation:
         self.head_dim = head_dim
         self.num_heads = num_heads
         self.odd, self.power = _factor(head_dim)
-        self.dense = kind == "dense" or self.odd not in (1, *ODD_FACTORS)
+        self.dense = kind == "dense" or not (self.odd == 1 or head_dim in MIXED_RADIX)
         if self.dense and kind != "dense":
             _warn_dense(head_dim)
         keys = [stream_key(seed, layer, stream, first_head + head) for head in range(num_heads)]
@@ -105,7 +107,7 @@ class Rotation:
         else:
             self.signs = np.stack([random_signs(key, head_dim) for key in keys])
         self.entry_signs = self.signs * self._alternating()
-        self._hartley = _hartley(self.odd) if self.odd in ODD_FACTORS else None
+        self._hartley = None if self.dense or self.odd == 1 else _hartley(self.odd)
 
     def forward(self, vectors: Array) -> Array:
         """Rotate vectors: ``R x``.
@@ -235,7 +237,7 @@ def _warn_dense(head_dim: int) -> None:
             return
         _warned.add(head_dim)
     warnings.warn(
-        f"head_dim {head_dim} has no fast rotation (2**k, or 3, 5, 7 times 2**k); "
+        f"head_dim {head_dim} has no fast rotation (powers of two, 80, 96, 112, 160, 192 have); "
         "using a dense one, which is slow",
         DenseRotationWarning,
         stacklevel=4,

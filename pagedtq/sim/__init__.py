@@ -1,1 +1,1 @@
-"""Replay of request traces through the page budget, for people who measure utilisation."""
+"""Replay of request traces: workloads, continuous batching over pages, reports and plots."""

@@ -1,0 +1,117 @@
+"""Time to simulate the whole Azure conversation hour: control plane and cost model, no bytes.
+
+The trace is read from ../shared/traces or the folder PAGEDTQ_TRACES; without it, the generated
+workload of the same size stands in. Groups of rows:
+
+* formats: llama-3.1-8b, 4 GiB, arrivals at 100 requests per second, each default format
+* arrivals: the trace's own times, and all requests at once
+* single steps: as the first row, but one step at a time; the price of a step of the control plane
+* pool size: the same run in pools of 4 000 to 300 000 pages, to see that a step's price is flat
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import arguments, publish
+from pagedtq.models import MODELS
+from pagedtq.sim.batch import BatchingOptions
+from pagedtq.sim.comparison import DEFAULT_FORMATS
+from pagedtq.sim.cost_model import CostModel, Hardware
+from pagedtq.sim.generator import azure_conversation
+from pagedtq.sim.simulator import Simulator
+from pagedtq.sim.traces import read_azure
+from pagedtq.sim.workload import Workload
+from pagedtq.sizing import Capacity, Format, plan_capacity
+
+MODEL = MODELS["llama-3.1-8b"]
+BUDGET = 4 << 30
+TRACE = "AzureLLMInferenceTrace_conv_2023.csv"
+
+
+def load_workload(seed: int) -> Workload:
+    here = Path(__file__).parents[2] / "shared" / "traces"
+    path = Path(os.environ.get("PAGEDTQ_TRACES", here)) / TRACE
+    return read_azure(path) if path.is_file() else azure_conversation(seed=seed)
+
+
+def measure(
+    case: str,
+    workload: Workload,
+    name: str,
+    repeats: int,
+    capacity: Capacity | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    storage = Format.parse(name)
+    config = storage.config(MODEL)
+    if capacity is None:
+        capacity = plan_capacity(
+            config,
+            BUDGET,
+            tokens_per_sequence=workload.mean_resident_tokens,
+            byte_share=storage.byte_share,
+        )
+    cost = CostModel(MODEL, config, Hardware(), storage.byte_share)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        simulator = Simulator(workload, config, capacity, cost, BatchingOptions(**options))
+        outcome = simulator.run()
+        best = min(best, time.perf_counter() - start)
+    log = outcome.log
+    assert (outcome.generated == workload.output_tokens).all()
+    assert simulator.tables.pool.num_used == 0
+    return {
+        "case": case,
+        "format": name,
+        "pages": capacity.num_pages,
+        "requests": len(workload),
+        "wall s": best,
+        "steps": len(log),
+        "us/step": 1e6 * best / len(log),
+        "peak pages": int(log.pages.max()),
+        "peak running": int(log.running.max()),
+        "preemptions": int(outcome.preemptions.sum()),
+        "simulated s": float(log.end[-1]),
+    }
+
+
+def main() -> None:
+    args = arguments("simulate", __doc__)
+    workload = load_workload(args.seed)
+    repeats = 3
+    if args.quick:
+        workload, repeats = workload.first(1000), 1
+    fast, once = workload.at_rate(100), workload.at_rate(float("inf"))
+    rows = [measure("formats", fast, name, repeats) for name in DEFAULT_FORMATS]
+    rows += [measure("own arrivals", workload, name, repeats) for name in ("fp16", "k4v4")]
+    rows += [measure("all at once", once, name, repeats) for name in ("fp16", "k4v4")]
+    rows.append(measure("single steps", fast, "fp16", 1, fast_forward=False))
+    for pages in (4_000, 40_000, 300_000):
+        pool = Capacity(
+            num_pages=pages, num_window_slots=0, page_size=64, page_bytes=1, window_slot_bytes=0
+        )
+        row = measure(
+            "pool size", once, "k4v4-w0", repeats, pool, fast_forward=False, max_running=150
+        )
+        rows.append(row)
+    publish(
+        "simulate",
+        rows,
+        notes=[
+            f"{workload.name}; {MODEL.name}, pages of 64 tokens, 4 GiB except for 'pool size'.",
+            "Best of 3 (single steps: 1). Runs of decode steps are taken at once except in "
+            "'single steps' and 'pool size', with the same result.",
+        ],
+        json_path=args.json,
+        seed=args.seed,
+        quick=args.quick,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""``pagedtq simulate``: replay a workload in several storage formats at one memory budget."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..errors import UnsupportedError
+from ..sim.batch import BatchingOptions
+from ..sim.comparison import DEFAULT_FORMATS, simulate_formats
+from ..sim.cost_model import Hardware
+from ..sim.generator import azure_conversation
+from ..sim.report import SimulationReport, write_report
+from ..sim.table import report_table
+from ..sim.traces import READERS, read_trace
+from ..sim.workload import Workload
+from ..sizing import Format
+from .arguments import Commands, add_command, add_memory_options, positive_int
+from .progress import progress
+
+#: The embedded workload's size, and a rate of arrival that keeps every format busy.
+DEFAULT_REQUESTS = 8000
+DEFAULT_RATE = 100.0
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "simulate",
+        run,
+        "continuous batching over a page budget, several formats side by side",
+        "Without --trace, requests are generated like those of the Azure conversation trace, "
+        "arriving fast enough to keep every format busy. Time advances by a roofline cost model.",
+    )
+    work = parser.add_argument_group("workload")
+    work.add_argument(
+        "--trace", metavar="KIND:PATH", help=f"replay a trace; kinds: {', '.join(READERS)}"
+    )
+    work.add_argument("--seed", type=int, default=0, help="of everything random")
+    work.add_argument(
+        "--requests",
+        type=positive_int,
+        metavar="N",
+        help=f"only the first N (default: {DEFAULT_REQUESTS} generated ones, all of a trace)",
+    )
+    work.add_argument(
+        "--rate",
+        type=float,
+        metavar="R",
+        help="stretch arrivals to R requests per second, inf for all at once "
+        f"(default: {DEFAULT_RATE:g} for generated ones, unchanged for a trace)",
+    )
+    add_memory_options(parser.add_argument_group("memory"), ",".join(DEFAULT_FORMATS))
+    batch = parser.add_argument_group("batching")
+    options = BatchingOptions()
+    batch.add_argument(
+        "--step-tokens", type=int, default=options.step_tokens, help="tokens processed in a step"
+    )
+    batch.add_argument(
+        "--max-running", type=int, default=options.max_running, help="sequences at a time"
+    )
+    batch.add_argument(
+        "--watermark",
+        type=float,
+        default=options.watermark,
+        help="share of the pages that admission leaves free",
+    )
+    batch.add_argument(
+        "--admission",
+        choices=("prompt", "chunk"),
+        default=options.admission,
+        help="what of a request must fit: its prompt, or the next chunk of it",
+    )
+    _add_hardware_options(parser.add_argument_group("cost model"))
+    real = parser.add_argument_group("execution")
+    real.add_argument(
+        "--execute",
+        nargs="?",
+        type=positive_int,
+        const=4,
+        metavar="N",
+        help="also store and attend the first N requests for real (4 if no number is given); "
+        "choose a small --model or be patient",
+    )
+    real.add_argument(
+        "--execute-steps", type=positive_int, default=16, help="output tokens of each"
+    )
+    real.add_argument("--backend", choices=("auto", "host"), default="auto", help="where")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, default=Path("simulate-report"), help="report folder")
+    output.add_argument("--no-plots", action="store_true", help="write no PNG files")
+
+
+def _add_hardware_options(group: Any) -> None:
+    machine = Hardware()
+    group.add_argument(
+        "--bandwidth", type=float, default=machine.bandwidth, help="bytes per second of a copy"
+    )
+    group.add_argument(
+        "--efficiency", type=float, default=machine.efficiency, help="share of it kernels reach"
+    )
+    group.add_argument(
+        "--flops", type=float, default=machine.flops, help="attainable operations per second"
+    )
+    group.add_argument(
+        "--step-overhead", type=float, default=machine.step_overhead, help="seconds of every step"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    hardware, options = _hardware(arguments), _options(arguments)
+    workload = _workload(arguments)
+    report = simulate_formats(
+        workload,
+        arguments.formats,
+        arguments.model,
+        budget_bytes=arguments.budget,
+        page_size=arguments.page_size,
+        hardware=hardware,
+        options=options,
+        progress=progress,
+    )
+    if arguments.execute:
+        report = _execute(arguments, workload, report)
+    written = [write_report(report, arguments.out)]
+    if not arguments.no_plots:
+        written += _draw(report, arguments.out)
+    if arguments.json:
+        sys.stdout.write(report.to_json().decode() + "\n")
+    else:
+        print(report_table(report))
+        print(f"\nwritten to {arguments.out}/: {', '.join(path.name for path in written)}")
+    return 0
+
+
+def _workload(arguments: argparse.Namespace) -> Workload:
+    rate = arguments.rate
+    if arguments.trace:
+        workload = read_trace(arguments.trace)
+        if arguments.requests:
+            workload = workload.first(arguments.requests)
+    else:
+        workload = azure_conversation(arguments.requests or DEFAULT_REQUESTS, arguments.seed)
+        rate = DEFAULT_RATE if rate is None else rate
+    return workload if rate is None else workload.at_rate(rate)
+
+
+def _options(arguments: argparse.Namespace) -> BatchingOptions:
+    return BatchingOptions(
+        step_tokens=arguments.step_tokens,
+        max_running=arguments.max_running,
+        watermark=arguments.watermark,
+        admission=arguments.admission,
+    )
+
+
+def _hardware(arguments: argparse.Namespace) -> Hardware:
+    fields = ("bandwidth", "efficiency", "flops", "step_overhead")
+    hardware = Hardware(**{field: getattr(arguments, field) for field in fields})
+    default = Hardware()
+    return default if hardware == default else msgspec.structs.replace(hardware, name="custom")
+
+
+def _execute(
+    arguments: argparse.Namespace, workload: Workload, report: SimulationReport
+) -> SimulationReport:
+    # Reaches down to codecs and backends, which a simulation alone does not load.
+    from ..sim.execute import execute_format
+
+    formats = []
+    for f in report.formats:
+        with progress(f"{f.name} run", arguments.execute_steps) as update:
+            execution = execute_format(
+                workload,
+                Format.parse(f.name),
+                arguments.model,
+                page_size=arguments.page_size,
+                backend=arguments.backend,
+                num_requests=arguments.execute,
+                max_steps=arguments.execute_steps,
+                seed=arguments.seed,
+                progress=update,
+            )
+        formats.append(msgspec.structs.replace(f, execution=execution))
+    return msgspec.structs.replace(report, formats=formats)
+
+
+def _draw(report: SimulationReport, folder: Path) -> list[Path]:
+    from ..sim.plots import draw_plots
+
+    try:
+        return draw_plots(report, folder)
+    except UnsupportedError as error:
+        print(f"pagedtq: no plots: {error}", file=sys.stderr)
+        return []

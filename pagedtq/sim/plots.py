@@ -1,0 +1,194 @@
+"""Figures of a simulation report, as PNG files. Needs matplotlib (the ``plots`` extra)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArgumentError, UnsupportedError
+from ..sizing import format_bytes
+from .report import FormatReport, SimulationReport
+
+# Okabe and Ito's colours, told apart with any kind of colour vision.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The baselines are context, not data of interest.
+_BASELINES = {"fp16": "#000000", "fp8": "#8C8C8C"}
+_STYLE: dict[Any, Any] = {
+    "figure.figsize": (6.4, 3.6),
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E5E5E5",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "legend.frameon": False,
+}
+
+
+def draw_plots(report: SimulationReport, folder: str | Path) -> list[Path]:
+    """Draw all figures of a report into a folder, which is made.
+
+    Returns
+    -------
+    list of Path
+        ``utilisation_over_time.png``, ``running_sequences.png``, ``waste_by_page_size.png``,
+        ``throughput.png``.
+
+    Raises
+    ------
+    UnsupportedError
+        If matplotlib is not installed.
+    ArgumentError
+        If a file cannot be written.
+    """
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError('plots need matplotlib: pip install "pagedtq[plots]"') from error
+    figures: dict[str, Callable[[SimulationReport, Any], None]] = {
+        "utilisation_over_time": _utilisation_over_time,
+        "running_sequences": _running_sequences,
+        "waste_by_page_size": _waste_by_page_size,
+        "throughput": _throughput,
+    }
+    paths = []
+    for name, draw in figures.items():
+        path = Path(folder) / f"{name}.png"
+        # Figures of our own, without pyplot: no global state, no display.
+        with matplotlib.rc_context(_STYLE):
+            figure = Figure()
+            FigureCanvasAgg(figure)
+            draw(report, figure)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(path)
+            except OSError as error:
+                raise ArgumentError(f"cannot write {path}: {error.strerror or error}") from error
+        paths.append(path)
+    return paths
+
+
+def _utilisation_over_time(report: SimulationReport, figure: Any) -> None:
+    figure.set_size_inches(6.4, 5.0)
+    stored, utilised = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for f, line in _lines(report):
+        time = f.timeline
+        line["linewidth"] = 1.1
+        stored.plot(time.seconds, [n / 1000 for n in time.tokens], **line)
+        share = [float("nan") if u is None else 100 * u for u in time.utilisation]
+        utilised.plot(time.seconds, share, **line)
+    stored.set(title=_setting(report), ylabel="Tokens stored (thousands)", ylim=(0, None))
+    utilised.set(xlabel="Simulated time (s)", ylabel="Page utilisation (%)", xlim=(0, None))
+    # The drain at the end holds few sequences and much noise; show the range of the rest.
+    low = min((100 * f.utilisation for f in report.formats), default=90)
+    utilised.set_ylim(max(0, 100 - 3 * (100 - low)), 100)
+    figure.legend(*stored.get_legend_handles_labels(), loc="outside right center")
+
+
+def _running_sequences(report: SimulationReport, figure: Any) -> None:
+    axes = figure.subplots()
+    for f, line in _lines(report):
+        axes.plot(f.timeline.seconds, f.timeline.running, **line)
+    axes.set(
+        title=_setting(report),
+        xlabel="Simulated time (s)",
+        ylabel="Running sequences",
+        xlim=(0, None),
+        ylim=(0, None),
+    )
+    figure.legend(loc="outside right center")
+
+
+def _waste_by_page_size(report: SimulationReport, figure: Any) -> None:
+    axes = figure.subplots()
+    waste = {int(size): 100 * share for size, share in report.workload.waste_by_page_size.items()}
+    axes.plot(*zip(*waste.items()), "o-", color=_COLOURS[0], label="all requests complete")
+    for size, share in waste.items():
+        axes.annotate(
+            f"{share:.2f}", (size, share), (-3, 5), textcoords="offset points", ha="right"
+        )
+    running = 100 * (1 - report.formats[0].utilisation)
+    axes.plot(
+        report.page_size,
+        running,
+        "D",
+        color=_COLOURS[1],
+        label=f"while running, mean over time ({running:.2f} %)",
+    )
+    axes.axhline(4, color="#8C8C8C", linewidth=1, linestyle=":")
+    axes.annotate("4 %", (min(waste), 4), (0, 3), textcoords="offset points", color="#666666")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(waste), [str(size) for size in waste])
+    axes.minorticks_off()
+    axes.set(
+        title=f"{report.workload.num_requests} requests: {report.workload.name}",
+        xlabel="Page size (tokens)",
+        ylabel="Slots without a token (%)",
+    )
+    axes.margins(x=0.08)
+    axes.set_ylim(0, 1.12 * max(waste.values()))
+    axes.legend(loc="upper left")
+
+
+def _throughput(report: SimulationReport, figure: Any) -> None:
+    formats = report.formats
+    figure.set_size_inches(6.4, 1.2 + 0.36 * len(formats))
+    axes = figure.subplots()
+    values = [f.relative_throughput for f in formats]
+    bars = axes.barh(
+        [f.name for f in formats], values, color=[line["color"] for _, line in _lines(report)]
+    )
+    for bar, (_, line) in zip(bars, _lines(report)):
+        bar.set_alpha(1.0 if line["linestyle"] == "-" else 0.6)
+    axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
+    # Time cannot fall below what multiplying by the weights takes, however small the cache is.
+    base = next((f for f in formats if f.name == "fp16"), formats[0])
+    floor = min(f.linear_layers_seconds for f in formats)
+    if floor > 0 and not any(f.requests_rejected for f in formats):
+        bound = base.simulated_seconds / floor
+        axes.axvline(bound, color="#8C8C8C", linewidth=1, linestyle=":")
+        axes.annotate(
+            "arithmetic bound",
+            (bound, 1),
+            (3, -2),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            color="#666666",
+        )
+        axes.set_xlim(0, 1.3 * max(bound, *values))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.tick_params(axis="y", length=0)
+    axes.set(title=_setting(report), xlabel=f"Output tokens per second, {base.name} = 1")
+
+
+def _lines(report: SimulationReport) -> list[tuple[FormatReport, dict[str, Any]]]:
+    """Give each format a line: one colour per codec pair, dashes without the default window."""
+    colours = dict(_BASELINES)
+    lines = []
+    for f in report.formats:
+        codec, dash, window = f.name.rpartition("-w")
+        codec = codec if dash and window.isdigit() else f.name
+        used = len(colours) - len(_BASELINES)
+        colours.setdefault(codec, _COLOURS[used % len(_COLOURS)])
+        style = "-" if codec == f.name else "--"
+        lines.append((f, {"color": colours[codec], "linestyle": style, "label": f.name}))
+    return lines
+
+
+def _setting(report: SimulationReport) -> str:
+    return (
+        f"{report.model.name}, {format_bytes(report.budget_bytes)} of cache, "
+        f"{report.hardware.name} cost model"
+    )

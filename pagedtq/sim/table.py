@@ -1,0 +1,78 @@
+"""Aligned text tables, and the one of a simulation report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..sizing import format_bytes
+from .report import ExecutionReport, SimulationReport
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return lines of aligned columns: the first to the left, the others to the right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def report_table(report: SimulationReport) -> str:
+    """Return the figures of all formats as text."""
+    w = report.workload
+    arrival = f"{w.requests_per_second:.4g} per second" if w.requests_per_second else "all at once"
+    title = (
+        f"{report.model.name}, {format_bytes(report.budget_bytes)} for the cache, pages of "
+        f"{report.page_size} tokens; {w.num_requests} requests ({w.name}), {arrival}"
+    )
+    header = (
+        "format",
+        *("B/token", "pages", "slots", "running", "peak", "occupied", "utilised"),
+        *("preempted", "tokens", "seconds", "tokens/s", "relative"),
+    )
+    rows = [
+        (
+            f.name,
+            f"{f.bytes_per_token:.0f}",
+            str(f.capacity.num_pages),
+            str(f.capacity.num_window_slots or "-"),
+            f"{f.running_mean:.1f}",
+            str(f.running_peak),
+            f"{f.occupancy:.1%}",
+            f"{f.utilisation:.2%}",
+            str(f.preemptions),
+            str(f.output_tokens),
+            f"{f.simulated_seconds:.1f}",
+            f"{f.output_tokens_per_second:.0f}",
+            f"{f.relative_throughput:.2f}x",
+        )
+        for f in report.formats
+    ]
+    lines = [title, "", format_table(header, rows)]
+    lines += [f"{f.name}: {f.rejection}" for f in report.formats if f.rejection]
+    executed = [(f.name, f.execution) for f in report.formats if f.execution is not None]
+    if executed:
+        lines += ["", _execution_table(executed)]
+    return "\n".join(lines)
+
+
+def _execution_table(executed: Sequence[tuple[str, ExecutionReport]]) -> str:
+    header = ("executed", "backend", "stored/s", "attended/s", "decoded/s", "mean error", "max")
+    rows = [
+        (
+            name,
+            run.backend,
+            f"{run.store_tokens_per_second:.3g}",
+            f"{run.attend_tokens_per_second:.3g}",
+            f"{run.decode_tokens_per_second:.3g}",
+            f"{run.mean_relative_error:.2e}",
+            f"{run.max_relative_error:.2e}",
+        )
+        for name, run in executed
+    ]
+    return format_table(header, rows)
