@@ -41,7 +41,10 @@ def test_imports_of_the_package_point_one_way(copy):
         ("codec", "pagedtq.paging.layout"),
         ("paging", "pagedtq.codec"),
         ("paging", "pagedtq.backends.kernel_source"),
-        ("backends", "pagedtq.sim"),
+        ("backends", "pagedtq.cache"),
+        ("models", "pagedtq.sizing"),
+        ("cache", "pagedtq.sim"),
+        ("sim", "pagedtq.cli"),
     ],
 )
 def test_forbidden_import_breaks_the_contract(copy, module, forbidden):
