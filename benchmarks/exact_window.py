@@ -79,9 +79,8 @@ def main() -> None:
         for tokens in (1, 4, 5, 63, 64, 65, 68, 96, 128, 129, 192, 193, 255, 256):
             if tokens <= length:
                 a, b = on[tokens - 1], off[tokens - 1]
-                rows.append(
-                    {"format": name, "tokens": tokens, "error on": a, "error off": b, "on/off": a / b}
-                )
+                row = {"format": name, "tokens": tokens, "error on": a, "error off": b}
+                rows.append({**row, "on/off": a / b})
         worst = int(np.argmax(on / off))
         notes.append(
             f"{name}: lower with the window at {int((on < off).sum())} of {length} lengths; "
