@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from ..codec.turboquant import TurboQuantCodec
 from ..codec.validation import MAX_NORM
-from ..config import CacheConfig, Dtype
+from ..config import CacheConfig, Dtype, Exact
 from ..errors import ArgumentError, SlotError, UnsupportedError
-from .dtypes import Float32, check_range, check_shape, kind_of, largest, round_to, widen
+from .dtypes import LIMITS, Float32, check_range, check_shape, kind_of, largest, round_to, widen
 from .work_arrays import work_array
 
 Array = npt.NDArray[Any]
@@ -54,14 +54,21 @@ class TokenBatch(NamedTuple):
 
 
 def check_tokens(
-    config: CacheConfig, codecs: Codecs, keys: Array, values: Array, dtype: Dtype | None
+    config: CacheConfig,
+    layer: int,
+    codecs: Codecs,
+    keys: Array,
+    values: Array,
+    dtype: Dtype | None,
 ) -> TokenBatch:
     """Check the keys and values of one layer; reads them once and converts nothing.
 
     Parameters
     ----------
     config : CacheConfig
-        Shape and ``kv_dtype``.
+        Shape, ``kv_dtype``, and what exact streams are stored as.
+    layer : int
+        The layer.
     codecs : tuple of TurboQuantCodec or None
         The layer's encoders.
     keys, values : ndarray ``[n, num_kv_heads, head_dim]``
@@ -85,18 +92,23 @@ def check_tokens(
     kind = kind_of(keys, "keys", dtype)
     kind_of(values, "values", kind)
     batch = TokenBatch(keys, values, kind, config.kv_dtype)
-    limits = {"f16": 65520.0, "bf16": 3.3961776e38, "f32": math.inf}
-    for stream, raw, codec in (("key", keys, codecs[0]), ("value", values, codecs[1])):
+    for name, raw, codec, form in zip(
+        ("keys", "values"), (keys, values), codecs, config.layer_codecs(layer)
+    ):
         peak = largest(raw, kind)
-        if not peak < limits[config.kv_dtype]:
-            check_range(widen(raw, kind), stream + "s", config.kv_dtype)
+        stored: tuple[Dtype, ...] = (config.kv_dtype,)
+        if isinstance(form, Exact):
+            stored += (form.dtype,)
+        for kv_dtype in stored:
+            if not peak < LIMITS[kv_dtype]:
+                check_range(widen(raw, kind), name, kv_dtype)
         if codec is None:
             continue
         offset = 0.0 if codec.mean is None else float(np.abs(codec.mean).max())
-        # Rounding to kv_dtype moves an element by less than one part in 256 (bf16).
-        bound = (peak * (1 + 2**-8) + offset) * math.sqrt(dim)
-        if bound > MAX_NORM or codec.config.unit_norm:
-            codec.validate(batch.vectors("key" if stream == "key" else "value", slice(None)))
+        if (peak + offset) * math.sqrt(dim) > MAX_NORM or codec.config.unit_norm:
+            # As they came: rounding to kv_dtype may move a unit norm by more than the tolerance,
+            # and the norm limit leaves twice the room that rounding needs.
+            codec.validate(widen(raw, kind))
     return batch
 
 

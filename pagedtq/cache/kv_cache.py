@@ -207,15 +207,14 @@ class PagedKVCache(CacheReads):
         if counts.ndim == 0:
             counts = np.full(len(ids), counts)
         plan = self.tables.reserve(ids, counts)
-        pages = self.backend.pages
         if self.debug:
-            pages.fill(plan.new_pages, POISON)
-        pages.clear_norms(plan.new_pages)
+            self.backend.fill_pages(plan.new_pages, POISON)
+        self.backend.clear_norms(plan.new_pages)
         # Layers without an overlay have codes of every token: their open page always has bytes.
         if len(self._overlay_layers) == self.config.num_layers:
-            pages.copy(plan.copy_src, plan.copy_dst)
+            self.backend.copy_pages(plan.copy_src, plan.copy_dst)
         else:
-            pages.copy(plan.cow_src, plan.cow_dst)
+            self.backend.copy_pages(plan.cow_src, plan.cow_dst)
         for layer in self._overlay_layers:
             window = self.backend.window(layer)
             window.copy_slots(plan.window_copy_src, plan.window_copy_dst)
@@ -301,7 +300,7 @@ class PagedKVCache(CacheReads):
 
     def _freed(self, pages: Array) -> None:
         if self.debug and len(pages):
-            self.backend.pages.fill(pages, POISON)
+            self.backend.fill_pages(pages, POISON)
         self._after_change()
 
     def _after_change(self) -> None:
