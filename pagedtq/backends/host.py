@@ -35,7 +35,8 @@ class HostBackend:
     key_means : ndarray of float32 ``[num_layers, num_kv_heads, head_dim]`` or None
         Subtracted from keys before coding. Exact for softmax; scores and lse add it back.
     accumulate : {"float32", "float64"}
-        Type of all arithmetic after decoding.
+        Type of weighted sums and outputs. Scores and softmax denominators are float64 always: the
+        largest logits decide the result, and float32 rounds them by too much.
     num_threads : int or None
         Threads for large calls; None for one per available CPU.
 
@@ -188,7 +189,7 @@ class HostBackend:
         Returns
         -------
         out : ndarray ``[tokens, num_q_heads, head_dim]``
-        lse : ndarray ``[tokens, num_q_heads]``
+        lse : ndarray of float64 ``[tokens, num_q_heads]``
             Natural log of the softmax denominator over true logits; -inf (and ``out`` 0) where
             nothing is readable.
         """
@@ -204,7 +205,7 @@ class HostBackend:
             reads = without_chunk(reads, tokens.q_lens)
         state = one.attend(tokens, block_table, reads, sm_scale, soft_cap)
         if chunk is not None:
-            own = attend_chunk(tokens, chunk, sm_scale, soft_cap)
+            own = attend_chunk(tokens, chunk, sm_scale, soft_cap, self.dtype)
             state = merge_states((state[0], own[0]), (state[1], own[1]))
         return add_sink(*_by_query_head(*state), sink_logits)
 
@@ -233,7 +234,7 @@ class HostBackend:
         _check_scale(sm_scale, soft_cap)
         if chunk_apart:
             reads = without_chunk(reads, tokens.q_lens)
-        rows = WindowRows(tokens.values * self.dtype.type(sm_scale), tokens.last, tokens.floor)
+        rows = WindowRows(tokens.values * sm_scale, tokens.last, tokens.floor)
         out, lse = window.attend(
             rows, tokens.q_lens, window_slots, sink_records, reads, soft_cap, self.dtype
         )
@@ -314,7 +315,7 @@ class HostBackend:
         self, queries: Array, reads: Reads, q_lens: Array | None, window_left: int | None
     ) -> QueryTokens:
         heads, dim = self.config.num_kv_heads, self.config.head_dim
-        return check_queries(queries, reads, q_lens, heads, dim, window_left, self.dtype)
+        return check_queries(queries, reads, q_lens, heads, dim, window_left)
 
 
 def without_chunk(reads: Reads, q_lens: Array) -> Reads:

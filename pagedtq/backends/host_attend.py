@@ -119,7 +119,7 @@ class PageAttention:
         self.values = values
         self.page_size = keys.page_size
         self.head_dim = keys.head_dim
-        self.dtype = keys.dtype
+        self.dtype = values.dtype
 
     def tiles(self, span: Span, head: int, rows: Rows, soft_cap: float | None) -> Iterator[Tile]:
         """Yield the scores of a span, tile by tile, in block order."""
@@ -141,7 +141,7 @@ class PageAttention:
     def scores(self, span: Span, head: int, rows: Rows) -> Array:
         """Return true scores ``[rows, len(span.pages) * page_size]`` of a span's blocks."""
         count = len(rows.keys)
-        flat = np.empty((count, len(span.pages) * self.page_size), self.dtype)
+        flat = np.empty((count, len(span.pages) * self.page_size))
         at = 0
         for tile in self.tiles(span, head, rows, None):
             part = tile.scores.transpose(1, 0, 2).reshape(count, -1)
@@ -160,32 +160,32 @@ class PageAttention:
         -------
         out : ndarray ``[rows, head_dim]``
             Normalised, in the space of the stored values.
-        lse : ndarray ``[rows]``
+        lse : ndarray of float64 ``[rows]``
             Natural log of the denominator, of true logits; -inf where nothing is readable.
         """
         count = len(rows.keys)
         total = np.zeros((count, self.head_dim), self.dtype)
-        top = np.full(count, -np.inf, self.dtype)
-        mass = np.zeros(count, self.dtype)
+        top = np.full(count, -np.inf)
+        mass = np.zeros(count)
         for tile in self.tiles(span, head, rows, soft_cap):
             peak = np.maximum(top, tile.scores.max(axis=(0, 2)))
             # Rows that have read nothing yet keep a finite reference: exp(-inf) is then 0.
-            reference = np.where(np.isneginf(peak), 0, peak).astype(self.dtype)
+            reference = np.where(np.isneginf(peak), 0, peak)
             weights = tile.scores
             weights -= reference[:, None]
             np.exp(weights, out=weights)
             decay = np.exp(top - reference)
             mass = mass * decay + weights.sum(axis=(0, 2))
-            total *= decay[:, None]
-            total += self._weighted_values(tile, head, weights)
+            total *= decay[:, None].astype(self.dtype)
+            total += self._weighted_values(tile, head, weights.astype(self.dtype, copy=False))
             top = peak
         seen = mass > 0
-        total /= np.where(seen, mass, 1)[:, None]
+        total /= np.where(seen, mass, 1)[:, None].astype(self.dtype)
         with np.errstate(divide="ignore"):
             lse = np.where(seen, np.log(mass) + top, -np.inf)
         if rows.offset is not None and soft_cap is None:
             lse = lse + rows.offset
-        return total, lse.astype(self.dtype, copy=False)
+        return total, lse
 
     def _scores(self, pages: Array, head: int, rows: Rows, readable: Array | None) -> Array:
         chunk = self._chunk(len(pages))
@@ -193,12 +193,12 @@ class PageAttention:
         if readable is not None and self.keys.norms(pages[:1], head) is None:
             tile = _cleared(tile, readable)
         shape = (len(tile), len(rows.keys), chunk)
-        scores = work_array("scores", shape, self.dtype)
+        scores = work_array("scores", shape, np.float64)
         np.matmul(rows.keys, tile.transpose(0, 2, 1), out=scores)
         scores *= self._norms(self.keys.norms(pages, head), chunk, readable)
         if rows.qjl is not None:
             signs = self.keys.qjl_tile(pages, head).reshape(-1, chunk, self.head_dim)
-            residual = work_array("residual", shape, self.dtype)
+            residual = work_array("residual", shape, np.float64)
             np.matmul(rows.qjl, signs.transpose(0, 2, 1), out=residual)
             residual *= self._norms(self.keys.residual_norms(pages, head), chunk, readable)
             scores += residual

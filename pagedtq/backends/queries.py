@@ -23,7 +23,7 @@ class QueryTokens(NamedTuple):
 
     Attributes
     ----------
-    values : ndarray ``[tokens, num_kv_heads, group, head_dim]``
+    values : ndarray of float64 ``[tokens, num_kv_heads, group, head_dim]``
         The queries, unscaled.
     q_lens : ndarray of int64 ``[batch]``
         Query tokens of each sequence; they are the last ones of it.
@@ -44,7 +44,6 @@ def check_queries(
     num_kv_heads: int,
     head_dim: int,
     window_left: int | None,
-    dtype: npt.DTypeLike,
 ) -> QueryTokens:
     """Check queries ``[tokens, num_q_heads, head_dim]`` and lay them out by KV head.
 
@@ -79,7 +78,7 @@ def check_queries(
     within = np.arange(len(values)) - np.repeat(np.cumsum(lens) - lens, lens)
     last = np.repeat(reads.kv_lens - lens, lens) + within
     floor = np.zeros_like(last) if window_left is None else np.maximum(last - window_left, 0)
-    shaped = values.reshape(-1, num_kv_heads, group, head_dim).astype(dtype, copy=False)
+    shaped = values.reshape(-1, num_kv_heads, group, head_dim).astype(np.float64)
     return QueryTokens(shaped, lens, last, floor)
 
 
@@ -129,19 +128,17 @@ def prepare_queries(
         Logit scale.
     """
     values = tokens.values
-    factor = values.dtype.type(scale)
     if codec is None:
-        return PreparedQueries(values * factor, None, None)
+        return PreparedQueries(values * scale, None, None)
     flat = values.reshape(len(values), -1, values.shape[-1])
     rotated = codec.rotation.forward(flat)
     qjl = offset = None
     if codec.projection is not None:
-        sketch_scale = values.dtype.type(scale * codec.projection.factor)
-        qjl = (codec.projection.project(rotated) * sketch_scale).reshape(values.shape)
+        sketch = codec.projection.project(rotated) * (scale * codec.projection.factor)
+        qjl = sketch.reshape(values.shape)
     if mean is not None:
-        products = np.einsum("thgd,hd->thg", values.astype(np.float64), mean.astype(np.float64))
-        offset = (products * scale).astype(values.dtype)
-    return PreparedQueries((rotated * factor).reshape(values.shape), qjl, offset)
+        offset = np.einsum("thgd,hd->thg", values, mean.astype(np.float64)) * scale
+    return PreparedQueries((rotated * scale).reshape(values.shape), qjl, offset)
 
 
 def unrotate_outputs(codec: TurboQuantCodec | None, outputs: Array) -> Array:

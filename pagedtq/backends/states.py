@@ -29,20 +29,19 @@ def merge_states(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, A
     Returns
     -------
     out, lse : ndarray
-        The merged state. Without any key ``out`` is 0 and ``lse`` -inf.
+        The merged state, ``lse`` in float64. Without any key ``out`` is 0 and ``lse`` -inf.
     """
-    stacked = np.stack(lses)
+    stacked = np.stack(lses).astype(np.float64, copy=False)
     top = stacked.max(axis=0)
     # Where every part is empty, any finite reference gives weights of exactly 0.
     weights = np.exp(stacked - np.where(np.isneginf(top), 0, top))
     total = weights.sum(axis=0)
     out = np.zeros_like(outs[0])
     for part, weight in zip(outs, weights):
-        out += part * weight[..., None]
-    out /= np.where(total > 0, total, 1)[..., None]
+        out += part * (weight / np.where(total > 0, total, 1))[..., None].astype(out.dtype)
     with np.errstate(divide="ignore"):
         lse = np.where(total > 0, np.log(total) + top, -np.inf)
-    return out, lse.astype(stacked.dtype, copy=False)
+    return out, lse
 
 
 def add_sink(out: Array, lse: Array, sink_logits: Array | None) -> tuple[Array, Array]:

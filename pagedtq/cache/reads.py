@@ -79,7 +79,7 @@ class CacheReads:
         Returns
         -------
         out : ndarray ``[tokens, num_q_heads, head_dim]``
-        lse : ndarray ``[tokens, num_q_heads]``
+        lse : ndarray of float64 ``[tokens, num_q_heads]``
             Of true logits; -inf (and ``out`` 0) where nothing is readable.
         """
         ids = self._readable(layer, seq_ids)
