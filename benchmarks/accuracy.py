@@ -1,8 +1,9 @@
 """Arithmetic error of host attention and scores against float64 on the decoded vectors.
 
 What coding costs is not in here (see `distortion` and `exact_window`): both sides see the same
-codes; the reference decodes them, and computes, in float64. Relative error is the maximum over queries of |out - ref| / |ref|, L2.
-Multi-page ragged batches; every group size; window off, one page, two pages.
+codes; the reference decodes them, and computes, in float64. Relative error is the maximum over
+queries of |out - ref| / |ref|, L2. Multi-page ragged batches; every group size; window off, one
+page, two pages.
 """
 
 from __future__ import annotations
