@@ -132,7 +132,8 @@ def prepare_queries(
     factor = values.dtype.type(scale)
     if codec is None:
         return PreparedQueries(values * factor, None, None)
-    flat = values.reshape(len(values), -1, values.shape[-1])
+    count, heads, group, dim = values.shape
+    flat = values.reshape(count, heads * group, dim)
     rotated = codec.rotation.forward(flat)
     qjl = offset = None
     if codec.projection is not None:
@@ -148,7 +149,8 @@ def unrotate_outputs(codec: TurboQuantCodec | None, outputs: Array) -> Array:
     """Bring outputs ``[tokens, heads, group, head_dim]`` back from the space of stored values."""
     if codec is None:
         return outputs
-    flat = outputs.reshape(len(outputs), -1, outputs.shape[-1])
+    count, heads, group, dim = outputs.shape
+    flat = outputs.reshape(count, heads * group, dim)
     return np.asarray(codec.rotation.inverse(flat).reshape(outputs.shape))
 
 

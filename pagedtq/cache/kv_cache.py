@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from ..backends import select_backend
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, StepError
+from ..paging.arguments import token_counts
 from ..paging.eviction import EvictionPolicy, apply
 from ..paging.page_tables import PageTables
 from ..paging.step_plan import StepPlan
@@ -124,7 +124,7 @@ class PagedKVCache(CacheReads):
         if isinstance(what, EvictionPolicy):
             self._freed(apply(self.tables, what.plan(self.tables, seq_id)))
         else:
-            self._freed(self.tables.evict(seq_id, np.asarray(what)))
+            self._freed(self.tables.evict(seq_id, what))
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -133,7 +133,7 @@ class PagedKVCache(CacheReads):
         seq_ids: SeqIds,
         keys: Array,
         values: Array,
-        num_new_tokens: Sequence[int] | Array | None = None,
+        num_new_tokens: int | Sequence[int] | Array | None = None,
         dtype: Dtype | None = None,
     ) -> None:
         """Append tokens of all layers at once: everything or nothing, to the byte.
@@ -168,7 +168,7 @@ class PagedKVCache(CacheReads):
             if len(ids) != 1:
                 raise ArgumentError("a batch needs num_new_tokens, one count per sequence")
             num_new_tokens = [keys.shape[1]]
-        counts = np.asarray(num_new_tokens)
+        counts = token_counts("num_new_tokens", num_new_tokens, len(ids))
         if counts.sum() != keys.shape[1]:
             raise ArgumentError(
                 f"num_new_tokens must add up to {keys.shape[1]} tokens, got {counts.sum()}"
@@ -203,10 +203,7 @@ class PagedKVCache(CacheReads):
         OutOfPages, OutOfWindowSlots, StepError, UnknownSequence, ArgumentError
         """
         ids = self._ids(seq_ids)
-        counts = np.asarray(num_new_tokens)
-        if counts.ndim == 0:
-            counts = np.full(len(ids), counts)
-        plan = self.tables.reserve(ids, counts)
+        plan = self.tables.reserve(ids, num_new_tokens)
         pages = self.backend.pages
         if self.debug:
             pages.fill(plan.new_pages, POISON)

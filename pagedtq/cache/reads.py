@@ -13,6 +13,7 @@ from ..backends.host_score import PageStats, Scores, page_stats
 from ..backends.states import add_sink, merge_states
 from ..config import CacheConfig
 from ..errors import ArgumentError, StepError
+from ..paging.arguments import Int64, integers
 from ..paging.page_tables import PageTables
 from ..paging.step_plan import SequenceState, StepPlan
 from .reports import CacheStats, MemoryReport, cache_stats, memory_report
@@ -84,7 +85,7 @@ class CacheReads:
         """
         ids = self._readable(layer, seq_ids)
         scale = self.config.head_dim**-0.5 if sm_scale is None else sm_scale
-        lens = None if q_lens is None else np.asarray(q_lens)
+        lens = None if q_lens is None else integers("q_lens", q_lens)
         overlay = self.config.has_overlay(layer)
         reads = self.tables.reads(ids, overlay)
         table = self.tables.block_table(ids)
@@ -223,8 +224,10 @@ class CacheReads:
         self.tables.check_integrity()
 
     @staticmethod
-    def _ids(seq_ids: SeqIds) -> Array:
-        return np.atleast_1d(np.asarray(seq_ids))
+    def _ids(seq_ids: SeqIds) -> Int64:
+        if isinstance(seq_ids, int | np.integer):
+            seq_ids = np.array([seq_ids])
+        return integers("seq_ids", seq_ids)
 
     def _readable(self, layer: int, seq_ids: SeqIds) -> Array:
         ids = self._ids(seq_ids)
