@@ -107,7 +107,8 @@ class CheckedCache:
         self.config = config
         self.sequences: dict[int, Sequence] = {}
         self.step: OpenStep | None = None
-        self.rng = np.random.default_rng(seed)
+        # Apart, so that checking does not change what happens next.
+        self.token_rng, self.check_rng = np.random.default_rng(seed).spawn(2)
 
     # -- operations --------------------------------------------------------------------------
 
@@ -157,7 +158,7 @@ class CheckedCache:
 
     def missing_layers(self) -> list[int]:
         layers = [layer for layer in range(LAYERS) if layer not in self.step.stored]
-        return self.rng.permutation(layers).tolist()
+        return self.check_rng.permutation(layers).tolist()
 
     def fork(self, seq_id: int) -> int:
         child = self.cache.fork(seq_id)
@@ -231,7 +232,7 @@ class CheckedCache:
     def _draw(self, counts: dict[int, int]) -> dict[int, list[int]]:
         """Pick tokens of the bank for each member."""
         return {
-            seq_id: self.rng.integers(0, self.bank.count, count).tolist()
+            seq_id: self.token_rng.integers(0, self.bank.count, count).tolist()
             for seq_id, count in counts.items()
         }
 
@@ -320,7 +321,7 @@ class CheckedCache:
         """Compare `attend` and `score` of one query per sequence with float64."""
         dim = self.config.head_dim
         shape = (len(seq_ids), HEADS * GROUP, dim)
-        queries = (2 * self.rng.standard_normal(shape)).astype(np.float32)
+        queries = (2 * self.check_rng.standard_normal(shape)).astype(np.float32)
         out, lse = self.cache.attend(layer, queries, seq_ids)
         found = self.cache.score(layer, queries, seq_ids)
         for index, (keys, values, positions) in enumerate(dense):
