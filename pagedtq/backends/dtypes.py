@@ -28,8 +28,13 @@ STORAGE: dict[str, np.dtype[Any]] = {
 # Elements of an array that are looked at together.
 _PIECE = 1 << 17
 
-# The first magnitude that rounds to infinity: halfway between the largest float16 and 2**16.
-_F16_LIMIT = np.float32(65520.0)
+#: The first magnitude that each type rounds to infinity: halfway between its largest number and the
+#: next power of two.
+OVERFLOW: dict[str, np.float32] = {
+    "f16": np.float32(65520.0),
+    "bf16": np.float32(3.3961776e38),
+    "f32": np.float32(np.inf),
+}
 
 
 def kind_of(array: npt.NDArray[Any], name: str, dtype: Dtype | None) -> Dtype:
@@ -117,14 +122,14 @@ def check_range(values: Float32, name: str, kv_dtype: Dtype) -> None:
     """
     if values.size == 0:
         return
-    limit = {"f16": _F16_LIMIT, "bf16": np.float32(3.3961776e38), "f32": np.float32(np.inf)}
+    limit = OVERFLOW[kv_dtype]
     # One pass decides: NaN fails every comparison, and minimum/maximum propagate it.
-    if values.max() < limit[kv_dtype] and values.min() > -limit[kv_dtype]:
+    if values.max() < limit and values.min() > -limit:
         return
     finite = np.isfinite(values)
     if not finite.all():
         raise NonFiniteError(f"{name} must be finite, got {_where(values, ~finite)}")
-    bad = np.abs(values) >= limit[kv_dtype]
+    bad = np.abs(values) >= limit
     raise OverflowingError(f"{name} must fit {kv_dtype}, got {_where(values, bad)}")
 
 

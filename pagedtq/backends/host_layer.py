@@ -62,6 +62,7 @@ class HostLayer:
     ) -> None:
         config = layout.config
         self.config, self.dtype, self.workers = config, dtype, workers
+        self._layer = layer
         self.codecs: Codecs = (
             self._codec(layer, "key", mean),
             self._codec(layer, "value", None),
@@ -87,7 +88,7 @@ class HostLayer:
 
     def check(self, keys: Array, values: Array, dtype: Dtype | None) -> TokenBatch:
         """Check tokens; see `check_tokens`."""
-        return check_tokens(self.config, self.codecs, keys, values, dtype)
+        return check_tokens(self.config, self._layer, self.codecs, keys, values, dtype)
 
     def write(self, batch: TokenBatch, slots: Array) -> None:
         """Encode tokens into slots; negative slots are skipped."""

@@ -10,13 +10,24 @@ import numpy.typing as npt
 
 from ..codec.turboquant import TurboQuantCodec
 from ..codec.validation import MAX_NORM
-from ..config import CacheConfig, Dtype
+from ..config import CacheConfig, Dtype, Exact
 from ..errors import ArgumentError, SlotError, UnsupportedError
-from .dtypes import Float32, check_range, check_shape, kind_of, largest, round_to, widen
+from .dtypes import (
+    OVERFLOW,
+    Float32,
+    check_range,
+    check_shape,
+    kind_of,
+    largest,
+    round_to,
+    widen,
+)
 from .work_arrays import work_array
 
 Array = npt.NDArray[Any]
 Codecs = tuple[TurboQuantCodec | None, TurboQuantCodec | None]
+
+_STREAMS: tuple[Literal["key", "value"], ...] = ("key", "value")
 
 
 class TokenBatch(NamedTuple):
@@ -54,14 +65,21 @@ class TokenBatch(NamedTuple):
 
 
 def check_tokens(
-    config: CacheConfig, codecs: Codecs, keys: Array, values: Array, dtype: Dtype | None
+    config: CacheConfig,
+    layer: int,
+    codecs: Codecs,
+    keys: Array,
+    values: Array,
+    dtype: Dtype | None,
 ) -> TokenBatch:
     """Check the keys and values of one layer; reads them once and converts nothing.
 
     Parameters
     ----------
     config : CacheConfig
-        Shape and ``kv_dtype``.
+        Shape, ``kv_dtype``, and the types of exact pages.
+    layer : int
+        The layer.
     codecs : tuple of TurboQuantCodec or None
         The layer's encoders.
     keys, values : ndarray ``[n, num_kv_heads, head_dim]``
@@ -85,18 +103,24 @@ def check_tokens(
     kind = kind_of(keys, "keys", dtype)
     kind_of(values, "values", kind)
     batch = TokenBatch(keys, values, kind, config.kv_dtype)
-    limits = {"f16": 65520.0, "bf16": 3.3961776e38, "f32": math.inf}
-    for stream, raw, codec in (("key", keys, codecs[0]), ("value", values, codecs[1])):
+    for stream, raw, codec, form in zip(
+        _STREAMS, (keys, values), codecs, config.layer_codecs(layer)
+    ):
         peak = largest(raw, kind)
-        if not peak < limits[config.kv_dtype]:
+        if not peak < OVERFLOW[config.kv_dtype]:
             check_range(widen(raw, kind), stream + "s", config.kv_dtype)
+        if isinstance(form, Exact):
+            # An exact page may be narrower than kv_dtype, which rounds first.
+            rounded = round_to(np.array([peak], np.float32), config.kv_dtype)[0]
+            if not rounded < OVERFLOW[form.dtype]:
+                check_range(batch.vectors(stream, slice(None)), stream + "s", form.dtype)
         if codec is None:
             continue
         offset = 0.0 if codec.mean is None else float(np.abs(codec.mean).max())
         # Rounding to kv_dtype moves an element by less than one part in 256 (bf16).
         bound = (peak * (1 + 2**-8) + offset) * math.sqrt(dim)
         if bound > MAX_NORM or codec.config.unit_norm:
-            codec.validate(batch.vectors("key" if stream == "key" else "value", slice(None)))
+            codec.validate(batch.vectors(stream, slice(None)))
     return batch
 
 
