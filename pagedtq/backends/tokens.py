@@ -119,7 +119,10 @@ def check_tokens(
         offset = 0.0 if codec.mean is None else float(np.abs(codec.mean).max())
         # Rounding to kv_dtype moves an element by less than one part in 256 (bf16).
         bound = (peak * (1 + 2**-8) + offset) * math.sqrt(dim)
-        if bound > MAX_NORM or codec.config.unit_norm:
+        if codec.config.unit_norm:
+            # As they came: rounding to float16 alone moves a norm by more than is allowed.
+            codec.validate(widen(raw, kind))
+        elif bound > MAX_NORM:
             codec.validate(batch.vectors(stream, slice(None)))
     return batch
 
