@@ -53,7 +53,7 @@ def kind_of(array: npt.NDArray[Any], name: str, dtype: Dtype | None) -> Dtype:
     ------
     ArgumentTypeError
         If the array is of another type, or not of the declared one. bfloat16 bits are never
-        guessed from a uint16 array.
+        guessed from a uint16 array. Bytes must be in the machine's own order.
     """
     if not isinstance(array, np.ndarray):
         raise ArgumentTypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
@@ -64,6 +64,8 @@ def kind_of(array: npt.NDArray[Any], name: str, dtype: Dtype | None) -> Dtype:
     if kind is None or (dtype is not None and kind != dtype):
         wanted = dtype or 'float16, float32, bfloat16, or uint16 with dtype="bf16"'
         raise ArgumentTypeError(f"{name} must be {wanted}, got {array.dtype.name}")
+    if not array.dtype.isnative:
+        raise ArgumentTypeError(f"{name} must be in native byte order, got {array.dtype.str}")
     return kind
 
 
