@@ -12,6 +12,7 @@ from ..codec.turboquant import TurboQuantCodec
 from ..codec.validation import MAX_NORM
 from ..config import CacheConfig, Dtype, Exact
 from ..errors import ArgumentError, SlotError, UnsupportedError
+from ..paging.arguments import integers
 from .dtypes import (
     OVERFLOW,
     Float32,
@@ -146,17 +147,14 @@ def check_slots(
 
     Raises
     ------
-    ArgumentError
+    ArgumentError, ArgumentTypeError
         Wrong shape, type or count.
     SlotError
         A slot on the null page, outside the pool, without an owner, or twice.
     """
-    mapping = np.asarray(slots)
-    if mapping.ndim != 1 or mapping.dtype.kind not in "iu":
-        raise ArgumentError(f"slots must be integers [n], got {mapping.dtype} {mapping.shape}")
+    mapping = integers("slots", slots)
     if count is not None and len(mapping) != count:
         raise ArgumentError(f"slot_mapping must have {count} entries, got {len(mapping)}")
-    mapping = mapping.astype(np.int64, copy=False)
     used = mapping[mapping >= 0] if count is not None else mapping
     size, total = config.page_size, config.num_pages
     bad = used[(used < size) | (used >= size * total)]

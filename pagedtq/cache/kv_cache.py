@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 from ..backends import select_backend
+from ..backends.dtypes import check_shape
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, StepError
 from ..paging.arguments import token_counts
@@ -159,11 +160,8 @@ class PagedKVCache(CacheReads):
         ids = self._ids(seq_ids)
         layers = self.config.num_layers
         for name, array in (("keys", keys), ("values", values)):
-            if getattr(array, "ndim", None) != 4 or len(array) != layers:
-                raise ArgumentError(
-                    f"{name} must have shape [{layers}, tokens, KV heads, head_dim], "
-                    f"got {list(getattr(array, 'shape', []))}"
-                )
+            shape = (layers, None, None, None)
+            check_shape(array, name, shape, "layers, tokens, KV heads, head_dim")
         if num_new_tokens is None:
             if len(ids) != 1:
                 raise ArgumentError("a batch needs num_new_tokens, one count per sequence")
@@ -240,6 +238,7 @@ class PagedKVCache(CacheReads):
             Bad input; nothing was written and the step stays open.
         """
         plan = self._open_step("store")
+        self._check_layer(layer)
         if layer in self._stored:
             raise StepError(f"layer {layer} is already stored in this step")
         batch = self.backend.check(layer, keys, values, dtype)

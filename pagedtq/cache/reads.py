@@ -13,7 +13,7 @@ from ..backends.host_score import PageStats, Scores, page_stats
 from ..backends.states import add_sink, merge_states
 from ..config import CacheConfig
 from ..errors import ArgumentError, StepError
-from ..paging.arguments import Int64, integers
+from ..paging.arguments import Int64, integer, integers
 from ..paging.page_tables import PageTables
 from ..paging.step_plan import SequenceState, StepPlan
 from .reports import CacheStats, MemoryReport, cache_stats, memory_report
@@ -53,6 +53,7 @@ class CacheReads:
         soft_cap: float | None = None,
         sink_logits: Array | None = None,
         window_left: int | None = None,
+        alibi_slopes: object = None,
     ) -> tuple[Array, Array]:
         """Attend over sequences: sinks and ring exactly, the body on its codes.
 
@@ -76,6 +77,8 @@ class CacheReads:
             Learned sink logits: they take mass and add nothing to the output.
         window_left : int, optional
             A query at p reads positions ``>= p - window_left`` only (sliding-window layers).
+        alibi_slopes : None
+            Not supported: anything else is refused.
 
         Returns
         -------
@@ -101,6 +104,7 @@ class CacheReads:
             soft_cap=soft_cap,
             sink_logits=None if overlay else sink_logits,
             window_left=window_left,
+            alibi_slopes=alibi_slopes,
         )
         if not overlay:
             return out, lse
@@ -229,7 +233,11 @@ class CacheReads:
             seq_ids = np.array([seq_ids])
         return integers("seq_ids", seq_ids)
 
+    def _check_layer(self, layer: int) -> None:
+        integer("layer", layer, 0, self.config.num_layers - 1)
+
     def _readable(self, layer: int, seq_ids: SeqIds) -> Array:
+        self._check_layer(layer)
         ids = self._ids(seq_ids)
         step = self._step
         if step is not None and layer not in self._stored:
