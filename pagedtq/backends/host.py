@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import CacheConfig, Dtype
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..paging.arguments import integer
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
 from .dtypes import check_shape
@@ -160,6 +161,7 @@ class HostBackend:
         soft_cap: float | None = None,
         sink_logits: Array | None = None,
         window_left: int | None = None,
+        alibi_slopes: object = None,
     ) -> tuple[Array, Array]:
         """Attend over the coded (or exact) pages of a batch.
 
@@ -185,6 +187,8 @@ class HostBackend:
             Learned sink: a logit per head that takes mass and adds nothing to ``out``.
         window_left : int, optional
             Sliding-window layers: a query at p reads positions ``>= p - window_left`` only.
+        alibi_slopes : None
+            Not supported: anything else is refused.
 
         Returns
         -------
@@ -193,6 +197,8 @@ class HostBackend:
             Natural log of the softmax denominator over true logits; -inf (and ``out`` 0) where
             nothing is readable.
         """
+        if alibi_slopes is not None:
+            raise UnsupportedError("ALiBi is not supported: alibi_slopes must be None")
         one = self._layer(layer)
         tokens = self._tokens(queries, reads, q_lens, window_left)
         _check_scale(sm_scale, soft_cap)
@@ -307,9 +313,7 @@ class HostBackend:
     # -- parts -------------------------------------------------------------------------------
 
     def _layer(self, layer: int) -> HostLayer:
-        if not 0 <= layer < self.config.num_layers:
-            raise ArgumentError(f"layer must be in [0, {self.config.num_layers - 1}], got {layer}")
-        return self.layers[layer]
+        return self.layers[integer("layer", layer, 0, self.config.num_layers - 1)]
 
     def _tokens(
         self, queries: Array, reads: Reads, q_lens: Array | None, window_left: int | None
@@ -332,6 +336,9 @@ def _by_query_head(out: Array, lse: Array) -> tuple[Array, Array]:
 
 
 def _check_scale(sm_scale: float, soft_cap: float | None) -> None:
+    for name, value in (("sm_scale", sm_scale), ("soft_cap", 0 if soft_cap is None else soft_cap)):
+        if not isinstance(value, float | int | np.floating | np.integer):
+            raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
     if not np.isfinite(sm_scale):
         raise ArgumentError(f"sm_scale must be finite, got {sm_scale}")
     if soft_cap is not None and not (np.isfinite(soft_cap) and soft_cap > 0):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ArgumentTypeError, NonFiniteError
 from .dtypes import check_shape
 
 Array = npt.NDArray[Any]
@@ -53,10 +54,19 @@ def add_sink(out: Array, lse: Array, sink_logits: Array | None) -> tuple[Array, 
     lse : ndarray ``[tokens, num_q_heads]``
         The state over all real keys.
     sink_logits : ndarray ``[num_q_heads]`` or None
-        The sink's logit per head; None leaves the state as it is.
+        The sink's logit per head, -inf for none; None leaves the state as it is.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError, NonFiniteError
+        Wrong shape or type; NaN or inf.
     """
     if sink_logits is None:
         return out, lse
     check_shape(sink_logits, "sink_logits", (lse.shape[1],), "one per query head")
-    sink = np.broadcast_to(np.asarray(sink_logits, lse.dtype), lse.shape)
+    if sink_logits.dtype.kind != "f":
+        raise ArgumentTypeError(f"sink_logits must be floats, got {sink_logits.dtype}")
+    if not (sink_logits < np.inf).all():
+        raise NonFiniteError(f"sink_logits must be finite or -inf, got {sink_logits}")
+    sink = np.broadcast_to(sink_logits.astype(lse.dtype), lse.shape)
     return merge_states((out, np.zeros_like(out)), (lse, sink))
