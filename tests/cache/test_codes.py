@@ -254,6 +254,42 @@ class TestHistory:
         assert_same(resident_bytes(kv_cache, seq_id), expected)
 
 
+@pytest.mark.parametrize("window", [0, P, 2 * P])
+@pytest.mark.parametrize("name", ["k4v4", "k3v3", "mixed"])
+def test_key_bounds_of_full_pages_enclose_the_coded_keys_whatever_the_history(name, window):
+    keys, values = tokens()
+    found = []
+    for sizes in (*(chunkings(P)[size] for size in ("P-1", "3P+5", "at once")), None):
+        kv_cache = build(name, window=window, key_bounds=True)
+        seq_id = kv_cache.open()
+        if sizes is None:
+            kv_cache.append(seq_id, *(a[:, : 4 * P] for a in tokens(seed=8)))
+            kv_cache.truncate(seq_id, 0)
+            kv_cache.append(seq_id, keys[:, : P + 3], values[:, : P + 3])
+            kv_cache.append(seq_id, *(a[:, : 2 * P] for a in tokens(seed=8)))
+            kv_cache.truncate(seq_id, P + 3)
+            seq_id = kv_cache.fork(seq_id)
+            kv_cache.append(seq_id, keys[:, P + 3 :], values[:, P + 3 :])
+        else:
+            feed(kv_cache, seq_id, keys, values, sizes)
+        layer = LAYERS - 1
+        layout = kv_cache.backend.layout
+        pages = kv_cache.tables.block_table([seq_id])[0][: LENGTH // P]
+        bounds = layout.plane_view(kv_cache.backend.pool, layer, "key_bounds")[pages]
+        found.append(bounds.copy())
+    assert all((bounds == found[0]).all() for bounds in found)
+    if window == 0:
+        decoded = kv_cache.load(layer, seq_id)[0]
+        rotation = kv_cache.backend.layers[layer].codecs[0].rotation
+        coded = rotation.forward(decoded)[: LENGTH // P * P].reshape(-1, P, HEADS, 16)
+        slack = 1e-5 * np.abs(coded).max()
+        assert (found[0][:, :, 0] <= coded.min(axis=1) + slack).all()
+        assert (found[0][:, :, 1] >= coded.max(axis=1) - slack).all()
+        # Rounded outwards to float16, and no further.
+        np.testing.assert_allclose(found[0][:, :, 0], coded.min(axis=1), rtol=2e-3, atol=slack)
+        np.testing.assert_allclose(found[0][:, :, 1], coded.max(axis=1), rtol=2e-3, atol=slack)
+
+
 def assert_prefix(kv_cache, seq_id, expected, cut):
     """The coded part of the first ``cut`` tokens holds the expected bytes."""
     state = kv_cache.state(seq_id)
