@@ -86,29 +86,24 @@ class PageBytes:
             bad = pages[(pages <= 0) | (pages >= total)][0]
             raise ArgumentError(f"page ids must be in [1, {total - 1}], got {bad}")
 
-    def clear_slots(self, slab: Array, first: int) -> None:
-        """Zero everything a slab holds of the tokens from slot ``first`` of its page on.
+    def clear_slots(self, slab: Array, layer: int, first: int) -> None:
+        """Zero everything a slab holds of a layer's tokens from slot ``first`` on.
 
         Bounds are of the page, not of a token, and stay.
         """
-        heads = self._layout.config.num_kv_heads
-        for start, extent in zip(self._layout.slab_offsets, self._layout.extents):
-            for name, plane in extent.planes.items():
-                if name == "key_bounds":
-                    continue
-                inner = np.empty(plane.shape, plane.dtype).strides
-                view: Array = np.ndarray(
-                    (heads, *plane.shape),
-                    plane.dtype,
-                    slab,
-                    start + plane.offset,
-                    (extent.nbytes, *inner),
-                )
-                if plane.interleaved:
-                    view[:, first // 2, :, first % 2 :] = 0
-                    view[:, first // 2 + 1 :] = 0
-                else:
-                    view[:, first:] = 0
+        heads, extent = self._layout.config.num_kv_heads, self._layout.extents[layer]
+        for name, plane in extent.planes.items():
+            if name == "key_bounds":
+                continue
+            offset = self._layout.slab_offsets[layer] + plane.offset
+            strides = (extent.nbytes, *np.empty(plane.shape, plane.dtype).strides)
+            shape = (heads, *plane.shape)
+            view: Array = np.ndarray(shape, plane.dtype, slab, offset, strides)
+            if plane.interleaved:
+                view[:, first // 2, :, first % 2 :] = 0
+                view[:, first // 2 + 1 :] = 0
+            else:
+                view[:, first:] = 0
 
     def _slab_parts(self, slabs: Array) -> list[tuple[Array, Array]]:
         sizes = self._layout.layer_page_bytes

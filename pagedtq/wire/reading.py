@@ -59,16 +59,7 @@ def read_records(
         Naming page, ring or sink record and its offset.
     """
     digest = hashlib.sha256(front)
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="pagedtq-wire") as threads:
-        pending: deque[Future[None]] = deque()
-        for piece, begin, offset in _pieces(source, header):
-            digest.update(piece[:, header.page_bytes :].tobytes())
-            pending.append(threads.submit(_check_pages, piece, begin, offset, header, slabs))
-            # Results come in order, so that the first broken page is the one that is named.
-            if len(pending) > 2 * _THREADS:
-                pending.popleft().result()
-        while pending:
-            pending.popleft().result()
+    _read_pages(source, header, slabs, digest.update)
     for index, (name, size) in enumerate(_window_sizes(metadata)):
         offset = source.offset
         record = bytes(source.take(size + FOOTER.size, name))
@@ -153,6 +144,29 @@ class CacheReceiver:
     def _refuse_change(self) -> None:
         if self._cache.tables.version != self._plan.version:
             raise StepError("the cache changed while sequences were being read into it")
+
+
+def _read_pages(
+    source: Source, header: Header, slabs: Receive, digest: Callable[[bytes], None]
+) -> None:
+    """Read, check and hand on all pages; check some pieces while the next ones arrive."""
+    pieces = _pieces(source, header)
+    if header.num_filled * header.page_stride <= PIECE_BYTES:
+        # Starting a thread takes longer than checking a small piece.
+        for piece, begin, offset in pieces:
+            digest(piece[:, header.page_bytes :].tobytes())
+            _check_pages(piece, begin, offset, header, slabs)
+        return
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="pagedtq-wire") as threads:
+        pending: deque[Future[None]] = deque()
+        for piece, begin, offset in pieces:
+            digest(piece[:, header.page_bytes :].tobytes())
+            pending.append(threads.submit(_check_pages, piece, begin, offset, header, slabs))
+            # Results come in order, so that the first broken page is the one that is named.
+            if len(pending) > 2 * _THREADS:
+                pending.popleft().result()
+        while pending:
+            pending.popleft().result()
 
 
 def _pieces(source: Source, header: Header) -> Iterator[tuple[Bytes, int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,16 @@ Allocate = Callable[[int], Bytes]
 
 #: Pages are gathered and written in pieces of about this size.
 PIECE_BYTES = 4 << 20
+
+
+class PageTokens(NamedTuple):
+    """How many leading slots of each page are in use, ``int64[num_pages]`` each.
+
+    ``coded`` in layers that keep the exact window, ``stored`` in the others.
+    """
+
+    coded: npt.NDArray[np.int64]
+    stored: npt.NDArray[np.int64]
 
 
 def fresh(size: int) -> Bytes:
@@ -54,8 +64,9 @@ def sequence_chunks(
     config = cache.config
     only_sealed = sealed_only(config)
     extracted = cache.tables.extract(seq_ids, only_sealed)
-    tokens = extracted.image.page_tokens(config.page_size, only_sealed)
-    return _chunks(cache, extracted, tokens, kind, allocate)
+    image, size = extracted.image, config.page_size
+    used = PageTokens(image.page_tokens(size, True), image.page_tokens(size, False))
+    return _chunks(cache, extracted, used, kind, allocate)
 
 
 def page_chunks(cache: PagedKVCache, pages: Any) -> Iterator[memoryview]:
@@ -65,14 +76,14 @@ def page_chunks(cache: PagedKVCache, pages: Any) -> Iterator[memoryview]:
     none = np.empty(0, np.int32)
     image = SequenceImage(np.empty((0, 6), np.int64), none, none, ids.size, ids.size, 0)
     extracted = ExtractedSequences(image, ids.astype(np.int32), none)
-    tokens = np.full(ids.size, cache.config.page_size)
-    return _chunks(cache, extracted, tokens, "pages", fresh)
+    full = np.full(ids.size, cache.config.page_size)
+    return _chunks(cache, extracted, PageTokens(full, full), "pages", fresh)
 
 
 def _chunks(
     cache: PagedKVCache,
     extracted: ExtractedSequences,
-    tokens: npt.NDArray[np.int64],
+    used: PageTokens,
     kind: str,
     allocate: Allocate,
 ) -> Iterator[memoryview]:
@@ -96,8 +107,8 @@ def _chunks(
         slabs = piece[:, : header.page_bytes]
         cache.backend.pages.gather(extracted.pages[begin:end], slabs)
         # What a former owner left behind must not travel, and equal tokens give equal files.
-        for index in np.flatnonzero(tokens[begin:end] < cache.config.page_size).tolist():
-            cache.backend.pages.clear_slots(slabs[index], int(tokens[begin + index]))
+        for index in np.flatnonzero(used.coded[begin:end] < cache.config.page_size).tolist():
+            _clear_unused(cache, slabs[index], used, begin + index)
         for index in range(end - begin):
             footer = make_footer(begin + index, slabs[index])
             piece[index, header.page_bytes :] = np.frombuffer(footer, np.uint8)
@@ -110,6 +121,14 @@ def _chunks(
         digest.update(footer)
         yield memoryview(data + footer)
     yield memoryview(END_MAGIC + digest.digest())
+
+
+def _clear_unused(cache: PagedKVCache, slab: Bytes, used: PageTokens, page: int) -> None:
+    config = cache.config
+    for layer in range(config.num_layers):
+        tokens = used.coded if config.has_overlay(layer) else used.stored
+        if tokens[page] < config.page_size:
+            cache.backend.pages.clear_slots(slab, layer, int(tokens[page]))
 
 
 def make_footer(index: int, data: Any) -> bytes:
