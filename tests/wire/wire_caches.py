@@ -16,20 +16,20 @@ COUNTS = Header._fields[3:]
 
 
 def small_config(**changes):
-    """A page of 256 bytes: one layer and head, 2-bit codes."""
-    fields = dict(
-        num_layers=1,
-        num_kv_heads=1,
-        head_dim=8,
-        num_pages=24,
-        page_size=16,
-        keys=TurboQuant(bits=2),
-        values=TurboQuant(bits=2),
-        window=16,
-        sinks=2,
-        num_window_slots=6,
-        seed=3,
-    )
+    """Pages of 128 bytes: one layer and head, 2-bit codes."""
+    fields = {
+        "num_layers": 1,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+        "num_pages": 24,
+        "page_size": 16,
+        "keys": TurboQuant(bits=2),
+        "values": TurboQuant(bits=2),
+        "window": 16,
+        "sinks": 2,
+        "num_window_slots": 6,
+        "seed": 3,
+    }
     return CacheConfig(**{**fields, **changes})
 
 
