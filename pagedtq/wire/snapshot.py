@@ -93,7 +93,7 @@ def load_cache(
     """
     source, header = open_mapped(path)
     if header.kind != "cache":
-        raise WireMismatch("kind", 10, f"expected a cache, got a {header.kind}")
+        raise WireMismatch("kind", 10, f"expected cache, got {header.kind}")
     metadata, raw = read_metadata(source, header)
     if config is None:
         config = metadata.config

@@ -137,7 +137,7 @@ def _read_front(
     """Read header and metadata, and refuse what does not belong into the cache."""
     header = read_header(source)
     if header.kind != kind:
-        raise WireMismatch("kind", 10, f"expected a {kind}, got a {header.kind}")
+        raise WireMismatch("kind", 10, f"expected {kind}, got {header.kind}")
     metadata, raw = read_metadata(source, header)
     refuse_other_config(cache.config, metadata.config)
     if header.codec_digest != codec_digest(cache.config, cache.backend.key_means):
