@@ -6,6 +6,7 @@ replacing all run the same invariants (``__post_init__``).
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Literal
 
 import msgspec
@@ -263,6 +264,33 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         exact = all(isinstance(codec, Exact) for codec in self.layer_codecs(layer))
         return self.window_tokens > 0 and not exact
 
+    def format_fields(self) -> dict[str, Any]:
+        """Return, as plain data, everything two caches must agree on to exchange sequences.
+
+        That is all that decides bytes, per layer, and the shape of the exact window. How much a
+        cache holds (``num_pages``, ``num_window_slots``) and the order of its pool are left out.
+        """
+        layers = [self.layer_codecs(layer) for layer in range(self.num_layers)]
+        return {
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "page_size": self.page_size,
+            "keys": [_plain_codec(keys) for keys, _ in layers],
+            "values": [_plain_codec(values) for _, values in layers],
+            "window": self.window_tokens,
+            "sinks": self.num_sinks,
+            "kv_dtype": self.kv_dtype,
+            "seed": self.seed,
+            "first_kv_head": self.first_kv_head,
+            "key_bounds": self.key_bounds,
+        }
+
+    def format_digest(self) -> bytes:
+        """Return the SHA-256 of `format_fields` and the version of the page format, 32 bytes."""
+        fields = {"page_format": FORMAT_VERSION, **self.format_fields()}
+        return hashlib.sha256(msgspec.json.encode(fields, order="sorted")).digest()
+
     def replace(self, **changes: Any) -> CacheConfig:
         """Return a copy with some fields changed, checked again."""
         return msgspec.structs.replace(self, **changes)
@@ -329,6 +357,11 @@ def preset(name: str, **fields: Any) -> CacheConfig:
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of ``CacheConfig``."""
     return msgspec.json.schema(CacheConfig)
+
+
+def _plain_codec(codec: Codec) -> dict[str, Any]:
+    fields: dict[str, Any] = msgspec.to_builtins(codec)
+    return fields
 
 
 def _decode(read: Any) -> CacheConfig:

@@ -134,6 +134,43 @@ class WorkloadError(ArgumentError):
         self.line = line
 
 
+class WireError(PagedTQError, ValueError):
+    """A snapshot or a transfer cannot be read; nothing was loaded.
+
+    Attributes
+    ----------
+    field : str
+        The part of the format that is wrong.
+    offset : int
+        Byte of the file or stream where that part begins.
+    """
+
+    def __init__(self, field: str, offset: int, problem: str) -> None:
+        super().__init__(f"{field} at byte {offset}: {problem}")
+        self.field = field
+        self.offset = offset
+
+
+class WireTruncated(WireError):
+    """The file or stream ends inside a field."""
+
+
+class WireChecksum(WireError):
+    """Bytes are not those that were written: a checksum does not match."""
+
+
+class WireVersion(WireError):
+    """Not a file of this format, or one of a version that is not known here."""
+
+
+class WireMismatch(WireError):
+    """The bytes belong to a cache of another configuration, codec or layout."""
+
+
+class WireMalformed(WireError):
+    """Fields contradict each other, although their checksums match."""
+
+
 def _rebuild(
     kind: type[PagedTQError], args: tuple[Any, ...], attributes: dict[str, Any]
 ) -> PagedTQError:

@@ -57,12 +57,16 @@ class PageBytes:
         for view in self._layers:
             view[pages] = byte
 
-    def gather(self, pages: Array) -> Array:
-        """Copy pages into slabs ``uint8[len(pages), page_bytes]``."""
+    def gather(self, pages: Array, out: Array | None = None) -> Array:
+        """Copy pages into slabs ``uint8[len(pages), page_bytes]``, into ``out`` where given."""
         self.check(pages)
-        slabs = np.empty((len(pages), self._layout.page_bytes), np.uint8)
+        shape = (len(pages), self._layout.page_bytes)
+        slabs = np.empty(shape, np.uint8) if out is None else out
+        check_shape(slabs, "out", shape, "pages, page bytes")
+        # Neighbours need no index array, and so no copy in between.
+        chosen = _as_slice(pages)
         for part, view in self._slab_parts(slabs):
-            part[:] = view[pages].reshape(part.shape)
+            part[:] = view[chosen].reshape(part.shape)
         return slabs
 
     def scatter(self, slabs: Array, pages: Array) -> None:
@@ -71,8 +75,9 @@ class PageBytes:
         check_shape(slabs, "slabs", (len(pages), self._layout.page_bytes), "pages, page bytes")
         if slabs.dtype != np.uint8:
             raise ArgumentTypeError(f"slabs must be uint8, got {slabs.dtype}")
+        chosen = _as_slice(pages)
         for part, view in self._slab_parts(slabs):
-            view[pages] = part.reshape(len(pages), *view.shape[1:])
+            view[chosen] = part.reshape(len(pages), *view.shape[1:])
 
     def check(self, pages: Array) -> None:
         """Refuse page ids that are not integers inside the pool (the null page included)."""
@@ -83,6 +88,25 @@ class PageBytes:
             bad = pages[(pages <= 0) | (pages >= total)][0]
             raise ArgumentError(f"page ids must be in [1, {total - 1}], got {bad}")
 
+    def clear_slots(self, slab: Array, layer: int, first: int) -> None:
+        """Zero everything a slab holds of a layer's tokens from slot ``first`` on.
+
+        Bounds are of the page, not of a token, and stay.
+        """
+        heads, extent = self._layout.config.num_kv_heads, self._layout.extents[layer]
+        for name, plane in extent.planes.items():
+            if name == "key_bounds":
+                continue
+            offset = self._layout.slab_offsets[layer] + plane.offset
+            strides = (extent.nbytes, *np.empty(plane.shape, plane.dtype).strides)
+            shape = (heads, *plane.shape)
+            view: Array = np.ndarray(shape, plane.dtype, slab, offset, strides)
+            if plane.interleaved:
+                view[:, first // 2, :, first % 2 :] = 0
+                view[:, first // 2 + 1 :] = 0
+            else:
+                view[:, first:] = 0
+
     def _slab_parts(self, slabs: Array) -> list[tuple[Array, Array]]:
         sizes = self._layout.layer_page_bytes
         starts = self._layout.slab_offsets
@@ -90,3 +114,10 @@ class PageBytes:
             (slabs[:, start : start + size], view)
             for start, size, view in zip(starts, sizes, self._layers)
         ]
+
+
+def _as_slice(pages: Array) -> Array | slice:
+    """Return a slice where the page ids are consecutive, else the ids."""
+    if len(pages) and (np.diff(pages) == 1).all():
+        return slice(int(pages[0]), int(pages[-1]) + 1)
+    return pages

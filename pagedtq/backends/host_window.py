@@ -140,6 +140,23 @@ class WindowStore:
             np.concatenate([np.zeros(0, np.int64), *positions]),
         )
 
+    def take_rows(self, ring: bool, owner: int, rows: Array) -> Array:
+        """Return rows of a slot's ring or of a sink record as they lie.
+
+        Returns
+        -------
+        ndarray ``[num_kv_heads, 2, len(rows), head_dim]``
+            In the storage type of ``kv_dtype``; axis 1 is keys, values.
+        """
+        store = self.ring if ring else self.sink
+        taken: Array = store[owner][:, :, rows]
+        return taken
+
+    def put_rows(self, ring: bool, owner: int, rows: Array, data: Array) -> None:
+        """Write what `take_rows` returned, here or elsewhere."""
+        store = self.ring if ring else self.sink
+        store[owner][:, :, rows] = data
+
     def copy_slots(self, src: Array, dst: Array) -> None:
         """Copy whole rings."""
         self.ring[dst] = self.ring[src]

@@ -88,6 +88,25 @@ class CountedPool:
         self._refs[ids] = 1
         return ids
 
+    def peek(self, count: int) -> Int32:
+        """Return the ids that `acquire` would take now, without taking them.
+
+        Returns
+        -------
+        int32[count]
+
+        Raises
+        ------
+        OutOfPages, OutOfWindowSlots
+            If fewer are free.
+        """
+        count = integer("count", count, 0)
+        if count > self._free:
+            raise self.exhausted(count, self._free, self._count)
+        places = (self._head + np.arange(count)) % max(self._count, 1)
+        ids: Int32 = self._queue[places]
+        return ids
+
     def retain(self, ids: Integers) -> None:
         """Add one owner to each id; one that is given twice gets two.
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from ..errors import ArgumentError, EvictedError
 from . import integrity
+from .adoption import Adoption
 from .arguments import Int32, Int64, Integers, integer, integers
-from .steps import Steps
 
 
-class PageTables(Steps):
+class PageTables(Adoption):
     """Page tables of all sequences over one page pool and one window pool.
 
     Parameters

@@ -44,6 +44,11 @@ class PageIndices(NamedTuple):
 class TableViews(SequenceRows):
     """Read-only queries. All are allowed while a step is open and then show its new state."""
 
+    def sequence_ids(self) -> Int64:
+        """Return the ids of all open sequences, in the order in which they were opened."""
+        # An id's high bits are the serial number of its `open`.
+        return np.sort(self._ids[self._ids >= 0])
+
     def lengths(self, seq_ids: Integers) -> Int64:
         """Return the number of tokens of each sequence, ``int64[B]``."""
         return self._length.take(self._rows_of(seq_ids))

@@ -50,6 +50,16 @@ class WindowPool(CountedPool):
         """Records that belong to a page."""
         return self._records.num_used
 
+    def peek_records(self, count: int) -> Int32:
+        """Return the records that `acquire_records` would take now, ``int32[count]``.
+
+        Raises
+        ------
+        OutOfWindowSlots
+            If fewer are free.
+        """
+        return self._records.peek(count)
+
     def acquire_records(self, pages: Integers) -> Int32:
         """Give each page a record.
 
