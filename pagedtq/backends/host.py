@@ -45,6 +45,8 @@ class HostBackend:
     ----------
     pool : ndarray of uint8
         All pages (`PageLayout` says where everything lies).
+    pages : PageBytes
+        Whole pages of the pool; `copy_pages` and its like are its operations.
     page_owners : ndarray of int ``[num_pages]`` or None
         Reference counts of the pages, when a page pool is attached; `store` and `load` then refuse
         pages without an owner.
@@ -72,7 +74,7 @@ class HostBackend:
             HostLayer(self.layout, self.pool, layer, mean, self.dtype, self.workers)
             for layer, mean in enumerate(means)
         ]
-        self._pages = PageBytes(self.layout, self.pool)
+        self.pages = PageBytes(self.layout, self.pool)
         self.page_owners: Array | None = None
 
     # -- writing -----------------------------------------------------------------------------
@@ -292,23 +294,23 @@ class HostBackend:
         ArgumentError
             An id outside the pool; nothing was copied.
         """
-        self._pages.copy(src, dst)
+        self.pages.copy(src, dst)
 
     def clear_norms(self, pages: Array) -> None:
         """Zero the norm planes and key bounds of pages, so that no stale norm is ever NaN."""
-        self._pages.clear_norms(pages)
+        self.pages.clear_norms(pages)
 
     def fill_pages(self, pages: Array, byte: int) -> None:
         """Fill whole pages with one byte (poison, in debug mode)."""
-        self._pages.fill(pages, byte)
+        self.pages.fill(pages, byte)
 
     def gather(self, pages: Array) -> Array:
         """Copy pages out of the pool as slabs ``uint8[n, page_bytes]`` (see `PageLayout`)."""
-        return self._pages.gather(pages)
+        return self.pages.gather(pages)
 
     def scatter(self, slabs: Array, pages: Array) -> None:
         """Copy slabs ``uint8[n, page_bytes]`` into pages of the pool."""
-        self._pages.scatter(slabs, pages)
+        self.pages.scatter(slabs, pages)
 
     # -- parts -------------------------------------------------------------------------------
 
