@@ -65,6 +65,8 @@ class TurboQuant(
         The QJL matrix of ``"prod"``.
     unit_norm : bool
         Refuse vectors with ``abs(norm - 1) > 1e-5``.
+    seed_offset : int
+        Added to the cache's seed for this stream, modulo 2**64.
     """
 
     bits: int = 4
@@ -73,6 +75,7 @@ class TurboQuant(
     rotation: Literal["hadamard", "dense"] = "hadamard"
     projection: Literal["gaussian", "orthogonal"] = "gaussian"
     unit_norm: bool = False
+    seed_offset: int = 0
 
     def __post_init__(self) -> None:
         _one_of("estimator", self.estimator, ("mse", "prod"))
@@ -82,6 +85,7 @@ class TurboQuant(
         low = 2 if self.estimator == "prod" else 1
         _in_range("bits", self.bits, low, 8)
         _is_bool("unit_norm", self.unit_norm)
+        _in_range("seed_offset", self.seed_offset, 0, (1 << 64) - 1)
 
     @property
     def code_bits(self) -> int:

@@ -243,6 +243,8 @@ BAD_CODECS = [
     (TurboQuant, {"rotation": "none"}, "rotation must be one of hadamard, dense"),
     (TurboQuant, {"projection": "srht"}, "projection must be one of gaussian, orthogonal"),
     (TurboQuant, {"unit_norm": 1}, "unit_norm must be a bool, got int"),
+    (TurboQuant, {"seed_offset": -1}, "seed_offset must be in"),
+    (TurboQuant, {"seed_offset": 1 << 64}, "seed_offset must be in"),
     (Exact, {"dtype": "f64"}, "dtype must be one of f16, bf16, f32; got 'f64'"),
     (LayerOverride, {"layers": 0}, "layers must be a tuple of int, got int"),
     (LayerOverride, {"layers": (0.5,)}, "layers must be a tuple of int"),
