@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import ArgumentError, ConfigError, NonFiniteError, NotUnitNormError, PagedTQError
+from ...errors import ArgumentError, ConfigError, NonFiniteError, NotUnitNormError, PagedTQError
 
 
 class TurboQuantError(PagedTQError):

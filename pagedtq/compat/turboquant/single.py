@@ -1,137 +1,32 @@
-"""The caches of the Rust crate `turboquant`: unit vectors of one head, or of several.
-
-Contract: keys and values have norm 1; scores are raw inner products; a full cache drops its oldest
-tokens; an append checks everything before it changes anything.
-"""
+"""The single-head cache of `compat.turboquant`."""
 
 from __future__ import annotations
 
-import enum
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ..codec.validation import UNIT_TOLERANCE
-from ..config import TurboQuant
-from ..errors import ArgumentTypeError, ConfigError, UnsupportedError
-from .growing import Float64, GrowingSequence, rotation_for, vector
-from .turboquant_errors import (
+from ...codec.validation import UNIT_TOLERANCE
+from ...config import TurboQuant
+from ...errors import ArgumentTypeError, ConfigError, UnsupportedError
+from ..growing import Float64, GrowingSequence, rotation_for, vector
+from .errors import (
     DimensionMismatch,
     InvalidBitWidth,
     InvalidDimension,
     InvalidValue,
     LengthMismatch,
     NotUnitVector,
-    TurboQuantError,
 )
+from .types import CacheStats, KVCacheConfig, QuantStrategy
 
 #: One vector per token: ``[n, dim]``, or a sequence of vectors.
 Vectors = npt.ArrayLike | Sequence[npt.ArrayLike]
 
-_MASK = (1 << 64) - 1
 _VALUE_SEED = 2
-_HEAD_SEED = 1000
-
-
-class QuantStrategy(enum.Enum):
-    """How keys are coded: least error, or unbiased inner products."""
-
-    MSE = "MSE"
-    PROD = "Prod"
-
-
-class KVCacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Configuration of one head's cache; checked when a cache is made of it.
-
-    Parameters
-    ----------
-    dim : int
-        Length of keys and values.
-    key_bits, value_bits : int
-        Bits per coordinate, 1 to 8. Values are always coded for least error, keys with
-        ``QuantStrategy.PROD`` take at least 2.
-    key_strategy : QuantStrategy
-        How keys are coded.
-    seed : int
-        Of the keys; values use ``seed + 2``, modulo 2**64.
-    max_tokens : int
-        How many tokens are kept; 0 keeps all.
-    """
-
-    dim: int
-    key_bits: int = 4
-    value_bits: int = 4
-    key_strategy: QuantStrategy = QuantStrategy.PROD
-    seed: int = 42
-    max_tokens: int = 0
-
-    def with_key_bits(self, bits: int) -> KVCacheConfig:
-        """Return a copy with other key bits."""
-        return msgspec.structs.replace(self, key_bits=bits)
-
-    def with_value_bits(self, bits: int) -> KVCacheConfig:
-        """Return a copy with other value bits."""
-        return msgspec.structs.replace(self, value_bits=bits)
-
-    def with_key_strategy(self, strategy: QuantStrategy) -> KVCacheConfig:
-        """Return a copy with another key strategy."""
-        return msgspec.structs.replace(self, key_strategy=strategy)
-
-    def with_seed(self, seed: int) -> KVCacheConfig:
-        """Return a copy with another seed."""
-        return msgspec.structs.replace(self, seed=seed)
-
-    def with_max_tokens(self, max_tokens: int) -> KVCacheConfig:
-        """Return a copy with another limit."""
-        return msgspec.structs.replace(self, max_tokens=max_tokens)
-
-
-class CacheStats(msgspec.Struct, frozen=True):
-    """What one head's cache holds.
-
-    ``key_bytes``, ``value_bytes``, ``total_bytes`` and the ratio are the crate's figures: packed
-    codes (with Prod also signs and a 4-byte residual norm) against float32. What the process
-    really holds is in ``page_bytes``, the pages of these tokens, and ``pool_bytes``, everything
-    allocated for pages.
-    """
-
-    num_tokens: int
-    dim: int
-    key_bits: int
-    value_bits: int
-    key_strategy: QuantStrategy
-    key_bytes: int
-    value_bytes: int
-    total_bytes: int
-    uncompressed_bytes: int
-    compression_ratio: float
-    page_bytes: int
-    pool_bytes: int
-
-
-class MultiHeadConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Configuration of several heads; head ``h`` has the seed ``seed + 1000 h``, modulo 2**64."""
-
-    num_heads: int
-    head_config: KVCacheConfig
-
-
-class MultiHeadCacheStats(msgspec.Struct, frozen=True):
-    """The sum over heads, and each head's own figures."""
-
-    num_heads: int
-    num_tokens: int
-    head_dim: int
-    total_bytes: int
-    uncompressed_bytes: int
-    compression_ratio: float
-    page_bytes: int
-    pool_bytes: int
-    head_stats: list[CacheStats]
 
 
 class QuantizedKVCache:
@@ -208,7 +103,7 @@ class QuantizedKVCache:
             In that order, all keys before all values; nothing has changed.
         """
         self._refuse_on_head("append")
-        if _count(keys):
+        if count(keys):
             self._write(*self._checked(keys, values))
 
     def push_token(self, key: npt.ArrayLike, value: npt.ArrayLike) -> None:
@@ -302,7 +197,7 @@ class QuantizedKVCache:
 
     def _checked(self, keys: Vectors, values: Vectors) -> tuple[Float64, Float64]:
         """Check an append and return its keys and values."""
-        counts = _count(keys), _count(values)
+        counts = count(keys), count(values)
         if counts[0] != counts[1]:
             raise LengthMismatch("KV cache append key/value count", *counts)
         return self._unit_rows(keys, "KV cache key"), self._unit_rows(values, "KV cache value")
@@ -356,151 +251,8 @@ class QuantizedKVCache:
             )
 
 
-class MultiHeadKVCache:
-    """Keys and values of several heads that grow together.
-
-    Parameters
-    ----------
-    config : MultiHeadConfig
-        Number of heads and what each holds.
-
-    Raises
-    ------
-    InvalidDimension, InvalidBitWidth, ArgumentError
-    """
-
-    def __init__(self, config: MultiHeadConfig) -> None:
-        if type(config.num_heads) is not int or config.num_heads < 1:
-            raise InvalidDimension(config.num_heads, "at least one head")
-        self._config = config
-        one = config.head_config
-        # The first head refuses a seed out of range before any wraps round.
-        self._heads = [QuantizedKVCache(one)]
-        for index in range(1, config.num_heads):
-            seed = (one.seed + _HEAD_SEED * index) & _MASK
-            self._heads.append(QuantizedKVCache(one.with_seed(seed)))
-        for head in self._heads:
-            head._is_head = True
-
-    def __repr__(self) -> str:
-        return f"MultiHeadKVCache({self.num_tokens} tokens, {self._config})"
-
-    @property
-    def num_heads(self) -> int:
-        """Number of heads."""
-        return self._config.num_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Length of keys and values."""
-        return self._config.head_config.dim
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of each head."""
-        return self._heads[0].num_tokens
-
-    def head(self, index: int) -> QuantizedKVCache | None:
-        """Return one head, to read; None if there is no such head."""
-        return self._heads[index] if 0 <= index < self.num_heads else None
-
-    def append_all(self, keys: Sequence[Vectors], values: Sequence[Vectors]) -> None:
-        """Append tokens to all heads, or to none.
-
-        Parameters
-        ----------
-        keys, values : array_like ``[num_heads, n, dim]``, or sequences of such parts
-            Of norm 1; ``n`` is the same for all heads.
-
-        Raises
-        ------
-        LengthMismatch, DimensionMismatch, InvalidValue, NotUnitVector
-            Counts of all heads first, then head by head; nothing has changed.
-        """
-        streams = (("key", keys), ("value", values))
-        for name, parts in streams:
-            if _count(parts) != self.num_heads:
-                context = f"multi-head {name} head count"
-                raise LengthMismatch(context, self.num_heads, _count(parts))
-        expected = _count(keys[0])
-        for name, parts in streams:
-            for index, part in enumerate(parts):
-                if _count(part) != expected:
-                    context = f"multi-head {name} token count for head {index}"
-                    raise LengthMismatch(context, expected, _count(part))
-        checked = [head._checked(k, v) for head, k, v in zip(self._heads, keys, values)]
-        # All allocation before the first write: running out of memory leaves the heads level.
-        for head in self._heads:
-            head._make_room(expected)
-        for head, rows in zip(self._heads, checked):
-            head._write(*rows)
-
-    def attention_scores_all(self, queries: Sequence[npt.ArrayLike]) -> list[Float64]:
-        """Score one query per head; see `QuantizedKVCache.attention_scores`."""
-        self._check_queries(queries)
-        return [head.attention_scores(query) for head, query in zip(self._heads, queries)]
-
-    def attention_output_all(
-        self, queries: Sequence[npt.ArrayLike], temperature: float
-    ) -> list[Float64]:
-        """Attend with one query per head; see `QuantizedKVCache.attention_output`."""
-        self._check_queries(queries)
-        return [
-            head.attention_output(query, temperature) for head, query in zip(self._heads, queries)
-        ]
-
-    def concat_outputs(self, outputs: Sequence[npt.ArrayLike]) -> Float64:
-        """Join the outputs of all heads, ``float64[num_heads * dim]``.
-
-        Raises
-        ------
-        LengthMismatch
-            If heads are missing or an output has another length.
-        """
-        if _count(outputs) != self.num_heads:
-            raise LengthMismatch("multi-head output count", self.num_heads, _count(outputs))
-        parts = [vector(output, "output") for output in outputs]
-        for index, part in enumerate(parts):
-            if len(part) != self.head_dim:
-                raise LengthMismatch(f"output dimension for head {index}", self.head_dim, len(part))
-        return np.concatenate(parts)
-
-    def reconstruct_keys_all(self) -> list[Float64]:
-        """Decode the keys of all heads."""
-        return [head.reconstruct_keys() for head in self._heads]
-
-    def reconstruct_values_all(self) -> list[Float64]:
-        """Decode the values of all heads."""
-        return [head.reconstruct_values() for head in self._heads]
-
-    def stats(self) -> MultiHeadCacheStats:
-        """Count tokens and bytes."""
-        heads = [head.stats() for head in self._heads]
-        total = sum(stats.total_bytes for stats in heads)
-        uncompressed = sum(stats.uncompressed_bytes for stats in heads)
-        return MultiHeadCacheStats(
-            num_heads=self.num_heads,
-            num_tokens=self.num_tokens,
-            head_dim=self.head_dim,
-            total_bytes=total,
-            uncompressed_bytes=uncompressed,
-            compression_ratio=uncompressed / total if total else 0.0,
-            page_bytes=sum(stats.page_bytes for stats in heads),
-            pool_bytes=sum(stats.pool_bytes for stats in heads),
-            head_stats=heads,
-        )
-
-    def clear(self) -> None:
-        """Drop all tokens of all heads."""
-        for head in self._heads:
-            head._tokens.clear()
-
-    def _check_queries(self, queries: Sequence[npt.ArrayLike]) -> None:
-        if _count(queries) != self.num_heads:
-            raise DimensionMismatch(self.num_heads, _count(queries))
-
-
-def _count(parts: Any) -> int:
+def count(parts: Any) -> int:
+    """Return the length of a sequence; refuse what has none by type."""
     try:
         return len(parts)
     except TypeError as error:
@@ -529,21 +281,3 @@ def _check_unit(rows: Float64, context: str) -> None:
     if bad.size:
         _check_finite(rows[bad[0]], context)
         raise NotUnitVector(float(norms[bad[0]]), context)
-
-
-__all__ = [
-    "CacheStats",
-    "DimensionMismatch",
-    "InvalidBitWidth",
-    "InvalidDimension",
-    "InvalidValue",
-    "KVCacheConfig",
-    "LengthMismatch",
-    "MultiHeadCacheStats",
-    "MultiHeadConfig",
-    "MultiHeadKVCache",
-    "NotUnitVector",
-    "QuantStrategy",
-    "QuantizedKVCache",
-    "TurboQuantError",
-]
