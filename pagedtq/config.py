@@ -66,6 +66,8 @@ class TurboQuant(
         The QJL matrix of ``"prod"``.
     unit_norm : bool
         Refuse vectors with ``abs(norm - 1) > 1e-5`` as they come, before ``kv_dtype`` rounds them.
+    seed_offset : int
+        Added to the cache's seed for this stream, modulo 2**64.
     """
 
     bits: int = 4
@@ -74,6 +76,7 @@ class TurboQuant(
     rotation: Literal["hadamard", "dense"] = "hadamard"
     projection: Literal["gaussian", "orthogonal"] = "gaussian"
     unit_norm: bool = False
+    seed_offset: int = 0
 
     def __post_init__(self) -> None:
         _one_of("estimator", self.estimator, ("mse", "prod"))
@@ -83,6 +86,7 @@ class TurboQuant(
         low = 2 if self.estimator == "prod" else 1
         _in_range("bits", self.bits, low, 8)
         _is_bool("unit_norm", self.unit_norm)
+        _in_range("seed_offset", self.seed_offset, 0, (1 << 64) - 1)
 
     @property
     def code_bits(self) -> int:
@@ -118,12 +122,76 @@ class Exact(
         return f"exact {self.dtype}"
 
 
-Codec = TurboQuant | Exact
+class Polar(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    forbid_unknown_fields=True,
+    tag_field="kind",
+    tag="polar",
+):
+    """Rotation, then neighbouring coordinates as radius and angle (host backend only).
+
+    Parameters
+    ----------
+    bits : int
+        Bits of an angle, 1 to 16; with ``mode="polar_qjl"`` 2 to 16, the sketch standing for one
+        of them.
+    mode : {"polar", "polar_qjl"}
+        ``"polar_qjl"`` adds a QJL sign sketch of the residual, for inner products. Values are
+        always ``"polar"``.
+    projections : int, optional
+        Signs in the sketch; ``head_dim`` by default.
+    rotation : {"auto", "hadamard", "dense"}
+        ``"auto"``: Hadamard for powers of two, else dense.
+    radii : {"f16", "f32"}
+        Stored type of radii and of the residual's norm.
+    seed_offset : int
+        Added to the cache's seed for this stream, modulo 2**64.
+    """
+
+    bits: int = 8
+    mode: Literal["polar", "polar_qjl"] = "polar"
+    projections: int | None = None
+    rotation: Literal["auto", "hadamard", "dense"] = "auto"
+    radii: Literal["f16", "f32"] = "f16"
+    seed_offset: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("mode", self.mode, ("polar", "polar_qjl"))
+        _one_of("rotation", self.rotation, ("auto", "hadamard", "dense"))
+        _one_of("radii", self.radii, ("f16", "f32"))
+        _in_range("bits", self.bits, 2 if self.mode == "polar_qjl" else 1, 16)
+        _in_range("seed_offset", self.seed_offset, 0, (1 << 64) - 1)
+        if self.projections is not None:
+            if self.mode == "polar":
+                raise ConfigError('projections need mode "polar_qjl"')
+            _in_range("projections", self.projections, 1, 1 << 16)
+
+    @property
+    def angle_bits(self) -> int:
+        """Width of the stored angles: ``bits``, less one for the sketch."""
+        return self.bits - 1 if self.mode == "polar_qjl" else self.bits
+
+    @property
+    def unit_norm(self) -> bool:
+        """Whether norms must be 1, as `TurboQuant` can demand: never."""
+        return False
+
+    def sketch_dim(self, head_dim: int) -> int:
+        """Return the number of signs in the sketch, 0 without one."""
+        return (self.projections or head_dim) if self.mode == "polar_qjl" else 0
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {self.mode}"
+
+
+Codec = TurboQuant | Polar | Exact
 
 
 def _is_codec(name: str, value: object) -> None:
-    if not isinstance(value, TurboQuant | Exact):
-        raise ConfigError(f"{name} must be TurboQuant or Exact, got {type(value).__name__}")
+    if not isinstance(value, Codec):
+        raise ConfigError(f"{name} must be TurboQuant, Polar or Exact, got {type(value).__name__}")
 
 
 class LayerOverride(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -241,6 +309,13 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         for values in (self.values, *(override.values for override in self.overrides)):
             if isinstance(values, TurboQuant) and values.estimator == "prod":
                 raise ConfigError('values cannot use estimator "prod": it is for inner products')
+            if isinstance(values, Polar) and values.mode == "polar_qjl":
+                raise ConfigError('values cannot use mode "polar_qjl": it is for inner products')
+        codecs = [self.keys, self.values]
+        for override in self.overrides:
+            codecs += (override.keys, override.values)
+        if self.head_dim % 2 and any(isinstance(codec, Polar) for codec in codecs):
+            raise ConfigError(f"Polar needs an even head_dim, got {self.head_dim}")
 
     @property
     def window_tokens(self) -> int:

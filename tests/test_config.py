@@ -122,7 +122,7 @@ def test_schema_names_every_field_and_refuses_others():
     assert schema["$ref"].endswith("/CacheConfig")
     assert set(root["properties"]) == set(CacheConfig.__struct_fields__)
     assert root["required"] == list(SHAPE)
-    for name in ("CacheConfig", "TurboQuant", "Exact", "LayerOverride"):
+    for name in ("CacheConfig", "TurboQuant", "Polar", "Exact", "LayerOverride"):
         assert schema["$defs"][name]["additionalProperties"] is False
     assert root["properties"]["keys"]["discriminator"]["propertyName"] == "kind"
     json.dumps(schema)
@@ -214,8 +214,8 @@ BAD_FIELDS = [
     ({"sinks": 65}, r"sinks must be in \[0, 64\], got 65"),
     ({"num_window_slots": 0}, "num_window_slots must be in"),
     ({"num_window_slots": -1, "window": 0}, "num_window_slots must be in"),
-    ({"keys": "k4"}, "keys must be TurboQuant or Exact, got str"),
-    ({"values": None}, "values must be TurboQuant or Exact, got NoneType"),
+    ({"keys": "k4"}, "keys must be TurboQuant, Polar or Exact, got str"),
+    ({"values": None}, "values must be TurboQuant, Polar or Exact, got NoneType"),
     ({"values": PROD}, "values cannot use estimator"),
     ({"overrides": (LayerOverride(layers=(0,), keys=PROD, values=PROD),)}, "values cannot use"),
     ({"overrides": (TWICE,)}, "layer 1 is overridden twice"),
@@ -243,10 +243,12 @@ BAD_CODECS = [
     (TurboQuant, {"rotation": "none"}, "rotation must be one of hadamard, dense"),
     (TurboQuant, {"projection": "srht"}, "projection must be one of gaussian, orthogonal"),
     (TurboQuant, {"unit_norm": 1}, "unit_norm must be a bool, got int"),
+    (TurboQuant, {"seed_offset": -1}, "seed_offset must be in"),
+    (TurboQuant, {"seed_offset": 1 << 64}, "seed_offset must be in"),
     (Exact, {"dtype": "f64"}, "dtype must be one of f16, bf16, f32; got 'f64'"),
     (LayerOverride, {"layers": 0}, "layers must be a tuple of int, got int"),
     (LayerOverride, {"layers": (0.5,)}, "layers must be a tuple of int"),
-    (LayerOverride, {"layers": (0,), "keys": 4}, "keys must be TurboQuant or Exact, got int"),
+    (LayerOverride, {"layers": (0,), "keys": 4}, "keys must be TurboQuant, Polar or Exact"),
 ]
 
 
@@ -262,7 +264,7 @@ BAD_TEXTS = [
     ('{"num_layers":4}', "missing required field `num_kv_heads`"),
     ('{"num_layers":4,"pages":1}', "unknown field `pages`"),
     ('{"num_layers":"4"}', r"Expected `int`, got `str` - at `\$.num_layers`"),
-    ('{"keys":{"kind":"polar"}}', r"Invalid value 'polar' - at `\$.keys.kind`"),
+    ('{"keys":{"kind":"lattice"}}', r"Invalid value 'lattice' - at `\$.keys.kind`"),
     ('{"keys":{"bits":4}}', "missing required field `kind`"),
     ('{"keys":{"kind":"exact","bits":4}}', r"unknown field `bits` - at `\$.keys`"),
     ('{"keys":{"kind":"turboquant","bits":12}}', r"bits must be in \[1, 8\], got 12"),

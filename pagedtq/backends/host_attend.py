@@ -57,8 +57,8 @@ class Rows(NamedTuple):
     ----------
     keys : ndarray ``[rows, head_dim]``
         Queries in the space of the stored keys (rotated for TurboQuant), times the score scale.
-    qjl : ndarray ``[rows, head_dim]`` or None
-        Projected queries times scale and QJL factor (Prod).
+    qjl : ndarray ``[rows, sketch_dim]`` or None
+        Projected queries times scale and QJL factor.
     offset : ndarray ``[rows]`` or None
         ``scale * q . mean``: what key centring took from every logit.
     last, floor : ndarray of int64 ``[rows]``
@@ -208,7 +208,7 @@ class PageAttention:
         np.matmul(rows.keys, tile.transpose(0, 2, 1), out=scores)
         scores *= _by_chunk(self.keys.norms(pages, head), chunk, unread)
         if rows.qjl is not None:
-            signs = self.keys.qjl_tile(pages, head).reshape(-1, chunk, self.head_dim)
+            signs = self.keys.qjl_tile(pages, head).reshape(-1, chunk, self.keys.sketch_dim)
             residual = work_array("residual", shape, np.float64)
             np.matmul(rows.qjl, signs.transpose(0, 2, 1), out=residual)
             residual *= _by_chunk(self.keys.residual_norms(pages, head), chunk, unread)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..codec.turboquant import TurboQuantCodec
-from ..config import Dtype, TurboQuant
+from ..codec import PolarCodec, TurboQuantCodec, VectorCodec
+from ..config import Dtype, Exact, Polar
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
 from .dtypes import Float32, f16_towards
@@ -18,6 +18,7 @@ from .host_score import Scores
 from .host_window import WindowStore
 from .page_reader import StreamReader
 from .page_writer import PageWriter
+from .polar_reader import PolarReader
 from .queries import PreparedQueries, QueryTokens, prepare_queries, unrotate_outputs
 from .tokens import Codecs, TokenBatch, check_tokens
 from .workers import Workers
@@ -69,23 +70,9 @@ class HostLayer:
         )
         self.mean = mean if self.codecs[0] is not None else None
         self.writer = PageWriter(layout, pool, layer, self.codecs)
-        # Scores are float64 whatever the sums are: see `HostBackend`.
-        types = (np.dtype(np.float64), dtype)
-        readers = (
-            StreamReader(
-                layout,
-                pool,
-                layer,
-                stream,
-                form,
-                None if codec is None else codec.book.table,
-                kind,
-            )
-            for stream, codec, form, kind in zip(
-                _STREAMS, self.codecs, config.layer_codecs(layer), types
-            )
+        self.attention = PageAttention(
+            *(self._reader(layout, pool, layer, stream) for stream in _STREAMS)
         )
-        self.attention = PageAttention(*readers)
         self.window = WindowStore(config) if config.has_overlay(layer) else None
         has_bounds = "key_bounds" in layout.extents[layer].planes
         self._bounds = layout.plane_view(pool, layer, "key_bounds") if has_bounds else None
@@ -201,21 +188,32 @@ class HostLayer:
         keys = keys.astype(self.dtype, copy=False)
         return keys, values if value_codec is None else value_codec.rotation.inverse(values)
 
-    def _codec(self, layer: int, stream: Stream, mean: Float32 | None) -> TurboQuantCodec | None:
+    def _codec(self, layer: int, stream: Stream, mean: Float32 | None) -> VectorCodec | None:
         config = self.config
         form = config.layer_codecs(layer)[stream == "value"]
-        if not isinstance(form, TurboQuant):
+        if isinstance(form, Exact):
             return None
-        return TurboQuantCodec(
-            form,
-            config.head_dim,
-            config.num_kv_heads,
-            seed=config.seed,
-            layer=layer,
-            stream=stream,
-            first_kv_head=config.first_kv_head,
-            mean=mean,
-        )
+        shape = config.head_dim, config.num_kv_heads
+        place: dict[str, Any] = {
+            "seed": config.seed,
+            "layer": layer,
+            "stream": stream,
+            "first_kv_head": config.first_kv_head,
+            "mean": mean,
+        }
+        if isinstance(form, Polar):
+            return PolarCodec(form, *shape, **place)
+        return TurboQuantCodec(form, *shape, **place)
+
+    def _reader(self, layout: PageLayout, pool: Array, layer: int, stream: Stream) -> StreamReader:
+        form = self.config.layer_codecs(layer)[stream == "value"]
+        codec = self.codecs[stream == "value"]
+        # Scores are float64 whatever the sums are: see `HostBackend`.
+        dtype = np.dtype(np.float64) if stream == "key" else self.dtype
+        if isinstance(form, Polar):
+            return PolarReader(layout, pool, layer, stream, form, dtype)
+        table = codec.book.table if isinstance(codec, TurboQuantCodec) else None
+        return StreamReader(layout, pool, layer, stream, form, table, dtype)
 
     def _prepare(self, tokens: QueryTokens, scale: float) -> PreparedQueries:
         return prepare_queries(tokens, self.codecs[0], self.mean, scale)

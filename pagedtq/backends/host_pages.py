@@ -33,7 +33,7 @@ class PageBytes:
             layout.plane_view(pool, layer, name)
             for layer, extent in enumerate(layout.extents)
             for name in extent.planes
-            if name.endswith("_norms") or name == "key_bounds"
+            if name.endswith(("_norms", "_radii")) or name == "key_bounds"
         ]
 
     def copy(self, src: Array, dst: Array) -> None:
@@ -46,7 +46,7 @@ class PageBytes:
             view[dst] = view[src]
 
     def clear_norms(self, pages: Array) -> None:
-        """Zero the norm planes (and key bounds), so that no stale norm is ever NaN."""
+        """Zero norms, radii and key bounds, so that no stale norm is ever NaN."""
         self.check(pages)
         for plane in self._norms:
             plane[pages] = 0

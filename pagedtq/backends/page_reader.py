@@ -62,6 +62,8 @@ class StreamReader:
         self.codec = codec
         self.is_exact = isinstance(codec, Exact)
         self.dtype = np.dtype(dtype)
+        #: Signs of the QJL sketch.
+        self.sketch_dim = self.head_dim
         planes = layout.extents[layer].planes
 
         def view(name: str) -> Array:
@@ -72,7 +74,7 @@ class StreamReader:
             self._exact = view(stream + "s")
             self._pairs = False
             return
-        assert table is not None
+        assert table is not None and isinstance(codec, TurboQuant)
         self._pairs = stream == "value"
         self._codes = view(stream + "_codes")
         self._norms = view(stream + "_norms")
@@ -84,7 +86,7 @@ class StreamReader:
         if stream == "key" and codec.estimator == "prod":
             self._qjl_signs = view("key_qjl_signs")
             self._residual_norms = view("key_residual_norms")
-            self._sign_table = _sign_table(self.dtype)
+            self._sign_table = sign_table(self.dtype)
 
     def norms(self, pages: Array, head: int) -> Array | None:
         """Return the stored norms ``[len(pages) * page_size]``, None for exact streams."""
@@ -135,10 +137,12 @@ class StreamReader:
         return out
 
     def qjl_rows(self, slots: Array, head: int) -> Array:
-        """Decode the QJL part of single slots: signs times residual norms, ``[n, head_dim]``."""
+        """Decode the QJL part of single slots: signs times residual norms, ``[n, sketch_dim]``."""
         page, offset = np.divmod(slots, self.page_size)
         index = self._qjl_signs[page, head, offset].astype(np.intp)
-        signs = self._sign_table[index].reshape(len(slots), 8 * index.shape[1])[:, : self.head_dim]
+        signs = self._sign_table[index].reshape(len(slots), 8 * index.shape[1])[
+            :, : self.sketch_dim
+        ]
         return np.asarray(signs * self._residual_norms[page, head, offset, None].astype(self.dtype))
 
     @staticmethod
@@ -147,12 +151,14 @@ class StreamReader:
         return tile.transpose(1, 0, 2).reshape(-1, tile.shape[2])
 
     def qjl_tile(self, pages: Array, head: int) -> Array:
-        """Decode the QJL signs of pages as -1 and +1: ``[tokens, head_dim]`` (Prod keys)."""
+        """Decode the QJL signs of pages as -1 and +1: ``[tokens, sketch_dim]``."""
         rows = self._qjl_signs[pages, head]
         tokens = len(pages) * self.page_size
         index = work_array("sign_index", (1, tokens, rows.shape[-1]), np.intp)
         np.copyto(index, rows.reshape(index.shape))
-        return _gather(self._sign_table, index, "sign_tile").reshape(tokens, -1)[:, : self.head_dim]
+        return _gather(self._sign_table, index, "sign_tile").reshape(tokens, -1)[
+            :, : self.sketch_dim
+        ]
 
     def _index(self, codes: Array, signs: Array | None, tokens: int) -> Array:
         """Return table indices ``[1 or 2, tokens, code bytes]`` from raw code rows."""
@@ -221,7 +227,7 @@ def _packed_table(
     return None
 
 
-def _sign_table(dtype: np.dtype[Any]) -> Array:
+def sign_table(dtype: np.dtype[Any]) -> Array:
     """Build ``[256, 8]``: bit 1 is +1, bit 0 is -1."""
     bits = np.arange(256)[:, None] >> np.arange(8) & 1
     return (2 * bits - 1).astype(dtype)

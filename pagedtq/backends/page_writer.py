@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..codec.encoder import EncodedVectors
-from ..codec.turboquant import TurboQuantCodec
+from ..codec import EncodedPolar, EncodedVectors, VectorCodec
 from ..config import Exact
 from ..paging.layout import PageLayout
 from .dtypes import Float32, round_to, to_storage
@@ -27,7 +26,7 @@ class PageWriter:
         The pool.
     layer : int
         The layer.
-    codecs : tuple of TurboQuantCodec or None
+    codecs : tuple of VectorCodec or None
         Encoders of keys and values; None for an exact stream.
     """
 
@@ -36,7 +35,7 @@ class PageWriter:
         layout: PageLayout,
         pool: Array,
         layer: int,
-        codecs: tuple[TurboQuantCodec | None, TurboQuantCodec | None],
+        codecs: tuple[VectorCodec | None, VectorCodec | None],
     ) -> None:
         config = layout.config
         self.page_size = config.page_size
@@ -61,15 +60,24 @@ class PageWriter:
             return
         self._write_encoded(stream, codec.encode(vectors), slots)
 
-    def _write_encoded(self, stream: str, encoded: EncodedVectors, slots: Array) -> None:
+    def _write_encoded(
+        self, stream: str, encoded: EncodedVectors | EncodedPolar, slots: Array
+    ) -> None:
+        if isinstance(encoded, EncodedPolar):
+            self._scatter(stream + "_angles", encoded.angles, slots)
+            self._scatter(stream + "_radii", encoded.radii, slots)
+        else:
+            self._write_codes(stream, encoded, slots)
+        if encoded.qjl_signs is not None:
+            self._scatter("key_qjl_signs", encoded.qjl_signs, slots)
+            self._scatter("key_residual_norms", encoded.residual_norms, slots)
+
+    def _write_codes(self, stream: str, encoded: EncodedVectors, slots: Array) -> None:
         place = self._scatter if stream == "key" else self._scatter_pairs
         place(stream + "_codes", encoded.codes, slots)
         if encoded.code_signs is not None:
             place(stream + "_code_signs", encoded.code_signs, slots)
         self._scatter(stream + "_norms", encoded.norms, slots)
-        if encoded.qjl_signs is not None:
-            self._scatter("key_qjl_signs", encoded.qjl_signs, slots)
-            self._scatter("key_residual_norms", encoded.residual_norms, slots)
 
     def _scatter(self, name: str, rows: Array | None, slots: Array) -> None:
         page, offset = np.divmod(slots, self.page_size)

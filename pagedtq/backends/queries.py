@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..codec.turboquant import TurboQuantCodec
+from ..codec import VectorCodec
 from ..errors import ArgumentError, UnsupportedError
 from ..paging.arguments import integer, token_counts
 from ..paging.table_views import Reads
@@ -90,8 +90,8 @@ class PreparedQueries(NamedTuple):
     ----------
     keys : ndarray ``[tokens, num_kv_heads, group, head_dim]``
         Rotated for TurboQuant keys, times the scale.
-    qjl : ndarray of the same shape, or None
-        Projected queries times scale and QJL factor (Prod keys).
+    qjl : ndarray ``[tokens, num_kv_heads, group, sketch_dim]`` or None
+        Projected queries times scale and QJL factor.
     offset : ndarray ``[tokens, num_kv_heads, group]`` or None
         ``scale * q . mean``: what key centring takes from every logit.
     """
@@ -105,7 +105,7 @@ class PreparedQueries(NamedTuple):
         group, dim = self.keys.shape[2:]
         return Rows(
             self.keys[part, head].reshape(-1, dim),
-            None if self.qjl is None else self.qjl[part, head].reshape(-1, dim),
+            None if self.qjl is None else self.qjl[part, head].reshape(-1, self.qjl.shape[-1]),
             None if self.offset is None else self.offset[part, head].reshape(-1),
             np.repeat(tokens.last[part], group),
             np.repeat(tokens.floor[part], group),
@@ -113,7 +113,7 @@ class PreparedQueries(NamedTuple):
 
 
 def prepare_queries(
-    tokens: QueryTokens, codec: TurboQuantCodec | None, mean: Array | None, scale: float
+    tokens: QueryTokens, codec: VectorCodec | None, mean: Array | None, scale: float
 ) -> PreparedQueries:
     """Rotate, project and scale queries for the keys of one layer.
 
@@ -121,7 +121,7 @@ def prepare_queries(
     ----------
     tokens : QueryTokens
         The queries.
-    codec : TurboQuantCodec or None
+    codec : VectorCodec or None
         The key codec; None for exact keys.
     mean : ndarray ``[num_kv_heads, head_dim]`` or None
         Key mean of the layer.
@@ -137,13 +137,13 @@ def prepare_queries(
     qjl = offset = None
     if codec.projection is not None:
         sketch = codec.projection.project(rotated) * (scale * codec.projection.factor)
-        qjl = sketch.reshape(values.shape)
+        qjl = sketch.reshape(*values.shape[:3], -1)
     if mean is not None:
         offset = np.einsum("thgd,hd->thg", values, mean.astype(np.float64)) * scale
     return PreparedQueries((rotated * scale).reshape(values.shape), qjl, offset)
 
 
-def unrotate_outputs(codec: TurboQuantCodec | None, outputs: Array) -> Array:
+def unrotate_outputs(codec: VectorCodec | None, outputs: Array) -> Array:
     """Bring outputs ``[tokens, heads, group, head_dim]`` back from the space of stored values."""
     if codec is None:
         return outputs

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..codec.turboquant import TurboQuantCodec
+from ..codec import VectorCodec
 from ..codec.validation import MAX_NORM
 from ..config import CacheConfig, Dtype, Exact
 from ..errors import ArgumentError, SlotError, UnsupportedError
@@ -26,7 +26,7 @@ from .dtypes import (
 from .work_arrays import work_array
 
 Array = npt.NDArray[Any]
-Codecs = tuple[TurboQuantCodec | None, TurboQuantCodec | None]
+Codecs = tuple[VectorCodec | None, VectorCodec | None]
 
 _STREAMS: tuple[Literal["key", "value"], ...] = ("key", "value")
 
@@ -81,7 +81,7 @@ def check_tokens(
         Shape, ``kv_dtype``, and the types of exact pages.
     layer : int
         The layer.
-    codecs : tuple of TurboQuantCodec or None
+    codecs : tuple of VectorCodec or None
         The layer's encoders.
     keys, values : ndarray ``[n, num_kv_heads, head_dim]``
         float16, bfloat16 or float32, both the same.

@@ -35,12 +35,15 @@ class Projection:
         Independent normal entries, drawn row by row; or a second random rotation.
     rotation : {"hadamard", "dense"}
         Kind of that rotation.
+    rows : int, optional
+        Rows of a Gaussian ``S``, and signs of its sketch; ``head_dim`` by default. The factor is
+        then ``sqrt(pi/2) / rows``.
 
     Attributes
     ----------
     factor : float
         What ``gamma * <S q, sign(S r)>`` is multiplied with.
-    matrices : float32[num_heads, head_dim, head_dim] or None
+    matrices : float32[num_heads, rows, head_dim] or None
         The Gaussian matrices.
     rotation : Rotation or None
         The orthogonal ones.
@@ -55,19 +58,21 @@ class Projection:
         first_head: int = 0,
         kind: str = "gaussian",
         rotation: str = "hadamard",
+        rows: int | None = None,
     ) -> None:
         self.head_dim = head_dim
         self.num_heads = num_heads
+        self.rows = head_dim if rows is None else rows
         self.matrices: npt.NDArray[np.float32] | None = None
         self.rotation: Rotation | None = None
         if kind == "orthogonal":
             self.factor = math.sqrt(math.pi / (2 * head_dim))
             self.rotation = Rotation(head_dim, num_heads, seed, layer, STREAM, first_head, rotation)
             return
-        self.factor = math.sqrt(math.pi / 2) / head_dim
+        self.factor = math.sqrt(math.pi / 2) / self.rows
         keys = [stream_key(seed, layer, STREAM, first_head + h) for h in range(num_heads)]
-        normals = [random_gaussians(key, head_dim * head_dim) for key in keys]
-        shape = (num_heads, head_dim, head_dim)
+        normals = [random_gaussians(key, self.rows * head_dim) for key in keys]
+        shape = (num_heads, self.rows, head_dim)
         self.matrices = np.stack(normals).reshape(shape).astype(np.float32)
 
     def project(self, rotated: Array) -> Array:
@@ -75,7 +80,7 @@ class Projection:
         return self._multiply(rotated, transposed=False)
 
     def project_back(self, signs: Array) -> Array:
-        """Return ``S^T y``: same shapes as `project`."""
+        """Return ``S^T y`` of vectors ``[..., num_heads * group, rows]``."""
         return self._multiply(signs, transposed=True)
 
     def positive(self, residual: Array, spare: Array) -> npt.NDArray[np.bool_]:
@@ -118,15 +123,17 @@ class Projection:
             turn = self.rotation.inverse if transposed else self.rotation.forward
             return turn(vectors)
         assert self.matrices is not None
-        heads, d = self.num_heads, self.head_dim
+        heads, d, out = self.num_heads, self.head_dim, self.rows
+        if transposed:
+            d, out = out, d
         if vectors.ndim < 2 or vectors.shape[-1] != d or vectors.shape[-2] % heads:
             raise ArgumentError(
                 f"projection expects [..., a multiple of {heads} heads, {d}], got {vectors.shape}"
             )
         batch = vectors.reshape(-1, heads, vectors.shape[-2] // heads, d)
-        result = np.empty_like(batch, order="C")
+        result = np.empty((*batch.shape[:3], out), vectors.dtype)
         for head, matrix in enumerate(self.matrices.astype(vectors.dtype)):
             columns = np.ascontiguousarray(batch[:, head].reshape(-1, d).T)
             product = fixed_order_product(matrix.T if transposed else matrix, columns)
-            result[:, head] = product.T.reshape(batch[:, head].shape)
-        return result.reshape(vectors.shape)
+            result[:, head] = product.T.reshape(result[:, head].shape)
+        return result.reshape(*vectors.shape[:-1], out)

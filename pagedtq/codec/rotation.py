@@ -47,6 +47,11 @@ class DenseRotationWarning(UserWarning):
     """A head dimension has no fast transform; its rotation is a dense matrix (slow)."""
 
 
+def has_fast_transform(head_dim: int) -> bool:
+    """Tell whether ``kind="hadamard"`` rotates this dimension without a dense matrix."""
+    return _factor(head_dim)[0] == 1 or head_dim in MIXED_RADIX
+
+
 class Rotation:
     """The rotations of all local KV heads of one layer and stream.
 
@@ -94,7 +99,7 @@ class Rotation:
         self.head_dim = head_dim
         self.num_heads = num_heads
         self.odd, self.power = _factor(head_dim)
-        self.dense = kind == "dense" or not (self.odd == 1 or head_dim in MIXED_RADIX)
+        self.dense = kind == "dense" or not has_fast_transform(head_dim)
         if self.dense and kind != "dense":
             _warn_dense(head_dim)
         keys = [stream_key(seed, layer, stream, first_head + head) for head in range(num_heads)]

@@ -30,7 +30,7 @@ class TurboQuantCodec:
     head_dim, num_heads : int
         Shape of the vectors: ``[T, num_heads, head_dim]``.
     seed, layer : int
-        Select the random streams.
+        Select the random streams, together with the config's ``seed_offset``.
     stream : {"key", "value"}
         Which stream; values cannot use the Prod estimator.
     first_kv_head : int
@@ -74,6 +74,7 @@ class TurboQuantCodec:
         prod = config.estimator == "prod"
         if prod and stream == "value":
             raise ConfigError('values cannot use estimator "prod": it is for inner products')
+        seed = (seed + config.seed_offset) % 2**64
         self.config = config
         self.head_dim = head_dim
         self.num_heads = num_heads

@@ -25,7 +25,12 @@ Vectors = npt.NDArray[np.float32]
 
 
 def check_vectors(
-    vectors: Any, shape: tuple[int, int], name: str, mean: Vectors | None, unit_norm: bool
+    vectors: Any,
+    shape: tuple[int, int],
+    name: str,
+    mean: Vectors | None,
+    unit_norm: bool,
+    max_norm: float = MAX_NORM,
 ) -> None:
     """Check vectors of shape ``float32[T, *shape]``.
 
@@ -41,6 +46,8 @@ def check_vectors(
         What will be subtracted.
     unit_norm : bool
         Whether norms (of the vectors as they come) must be 1.
+    max_norm : float
+        Largest norm that can be stored.
 
     Raises
     ------
@@ -51,7 +58,7 @@ def check_vectors(
     NonFiniteError
         If there is NaN or infinity.
     OverflowingError
-        If a norm, less the mean, exceeds 32752.
+        If a norm, less the mean, exceeds ``max_norm``.
     NotUnitNormError
         With ``unit_norm``, if a norm is off by more than 1e-5.
     """
@@ -75,8 +82,8 @@ def check_vectors(
     if mean is not None:
         largest += float(np.abs(mean).max())
     # Only large coordinates can make a large norm; nearly always that settles it.
-    if largest * math.sqrt(shape[1]) > MAX_NORM:
-        _check_norms_fit(_norms(vectors, mean), name)
+    if largest * math.sqrt(shape[1]) > max_norm:
+        _check_norms_fit(_norms(vectors, mean), name, max_norm)
     if unit_norm:
         _check_unit_norms(_norms(vectors, None), name)
 
@@ -110,11 +117,11 @@ def _norms(vectors: Vectors, mean: Vectors | None) -> npt.NDArray[np.float64]:
     return norms
 
 
-def _check_norms_fit(norms: npt.NDArray[np.float64], name: str) -> None:
-    if norms.max() > MAX_NORM:
-        token, head = np.argwhere(norms > MAX_NORM)[0]
+def _check_norms_fit(norms: npt.NDArray[np.float64], name: str, max_norm: float) -> None:
+    if norms.max() > max_norm:
+        token, head = np.argwhere(norms > max_norm)[0]
         raise OverflowingError(
-            f"the norm of a {name} vector must be at most {MAX_NORM:.0f}, got "
+            f"the norm of a {name} vector must be at most {max_norm:.5g}, got "
             f"{norms[token, head]:.6g} at token {token}, head {head}"
         )
 

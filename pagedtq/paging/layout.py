@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import DTYPE_BYTES, CacheConfig, Codec, Exact, TurboQuant
+from ..config import DTYPE_BYTES, CacheConfig, Codec, Exact, Polar, TurboQuant
 
 PLANE_ALIGN = 16
 EXTENT_ALIGN = 128
@@ -86,7 +86,9 @@ class ExtentLayout:
         In byte order: ``key_codes``, ``key_code_signs`` (width 3), ``value_codes``,
         ``value_code_signs`` (width 3), ``key_norms``, ``value_norms``, ``key_qjl_signs`` and
         ``key_residual_norms`` (Prod), ``key_bounds`` (optional, f16 ``[2, head_dim]``: per rotated
-        channel minimum and maximum); ``keys`` and ``values`` for exact streams.
+        channel minimum and maximum); ``keys`` and ``values`` for exact streams; ``key_angles`` and
+        ``value_angles`` in place of codes, ``key_radii`` and ``value_radii`` in place of norms for
+        polar ones.
     nbytes : int
         Extent bytes, padded to ``EXTENT_ALIGN``.
     """
@@ -100,6 +102,9 @@ class ExtentLayout:
             if isinstance(codec, Exact):
                 dtype = {"f16": "<f2", "bf16": "<u2", "f32": "<f4"}[codec.dtype]
                 planes[stream + "s"] = self._plane((page_size, head_dim), dtype)
+            elif isinstance(codec, Polar):
+                row = -(-(head_dim // 2) * codec.angle_bits // 8)
+                planes[stream + "_angles"] = self._plane((page_size, row), "u1")
             else:
                 rows = code_rows(codec.code_bits, head_dim, stream)
                 planes[stream + "_codes"] = self._code_plane(stream, page_size, rows.codes)
@@ -108,9 +113,16 @@ class ExtentLayout:
         for stream, codec in (("key", keys), ("value", values)):
             if isinstance(codec, TurboQuant):
                 planes[stream + "_norms"] = self._plane((page_size,), "<f2")
+            elif isinstance(codec, Polar):
+                shape = (page_size, head_dim // 2)
+                planes[stream + "_radii"] = self._plane(shape, f"<f{DTYPE_BYTES[codec.radii]}")
         if isinstance(keys, TurboQuant) and keys.estimator == "prod":
             planes["key_qjl_signs"] = self._plane((page_size, -(-head_dim // 8)), "u1")
             planes["key_residual_norms"] = self._plane((page_size,), "<f2")
+        if isinstance(keys, Polar) and keys.mode == "polar_qjl":
+            signs = -(-keys.sketch_dim(head_dim) // 8)
+            planes["key_qjl_signs"] = self._plane((page_size, signs), "u1")
+            planes["key_residual_norms"] = self._plane((page_size,), f"<f{DTYPE_BYTES[keys.radii]}")
         if key_bounds and isinstance(keys, TurboQuant):
             planes["key_bounds"] = self._plane((2, head_dim), "<f2")
         self.planes: Mapping[str, Plane] = planes

@@ -139,3 +139,12 @@ def test_wide_heads_count_their_energy_right():
     decoded = codec.decode(codec.encode(vectors), np.float64)
     norms = np.linalg.norm(vectors.astype(np.float64), axis=2)
     assert np.linalg.norm(decoded, axis=2) == pytest.approx(norms, rel=2.0**-11 * 1.001)
+
+
+def test_seed_offset_is_added_to_the_seed_and_wraps():
+    vectors = draw(20, 2, 64)
+    for seed, offset in ((5, 2), (2**64 - 1, 2)):
+        config = TurboQuant(estimator="prod", seed_offset=offset)
+        shifted = TurboQuantCodec(config, 64, 2, seed=seed)
+        plain = TurboQuantCodec(TurboQuant(estimator="prod"), 64, 2, seed=(seed + offset) % 2**64)
+        assert same(shifted.encode(vectors), plain.encode(vectors))
