@@ -60,7 +60,7 @@ class StreamReader:
         self.page_size = layout.config.page_size
         self.stream = stream
         self.codec = codec
-        self.is_exact = isinstance(codec, Exact)
+        self.may_be_nan = isinstance(codec, Exact)
         self.dtype = np.dtype(dtype)
         #: Signs of the QJL sketch.
         self.sketch_dim = self.head_dim
