@@ -1,22 +1,29 @@
 """The control plane: who owns which page and which window slot. Integers only."""
 
+from .block_keys import BlockHasher
 from .eviction import EvictionPlan, KeepFirstLast
 from .layout import PageLayout
 from .page_pool import PagePool
 from .page_tables import PageTables
+from .prefix_index import PrefixIndex, PrefixObserver
+from .shared_prefixes import SharingOptions
 from .step_plan import SequenceState, StepPlan
 from .table_views import PageIndices, Reads
 from .window_pool import WindowPool
 
 __all__ = [
+    "BlockHasher",
     "EvictionPlan",
     "KeepFirstLast",
     "PageIndices",
     "PageLayout",
     "PagePool",
     "PageTables",
+    "PrefixIndex",
+    "PrefixObserver",
     "Reads",
     "SequenceState",
+    "SharingOptions",
     "StepPlan",
     "WindowPool",
 ]

@@ -1,8 +1,8 @@
 """Keys of blocks: chained hashes of their tokens, and of what else decides their keys and values.
 
-The key of block ``b`` is ``H(key of block b - 1 | tokens of block b | extras)``, the parent of block
-0 being ``H("pagedtq.prefix.1")``; tokens are raw little-endian int32. Extras are there for block 0
-of a salted sequence and for blocks with an extra key: the salt's length in four little-endian
+The key of a block is ``H(key of the block before | its tokens | extras)``, the parent of block 0
+being ``H("pagedtq.prefix.1")``; tokens are raw little-endian int32. Extras are there for block 0 of
+a salted sequence and for blocks with an extra key: the salt's length in four little-endian
 bytes, the salt (block 0 only), the extra key. Everything before them has a fixed length, so two
 different inputs never meet in one message. Nothing depends on the process or on `hash`.
 """
@@ -87,12 +87,12 @@ class BlockHasher:
             keys.append(key)
         return keys
 
-    def next_keys(self, parents: Sequence[bytes], tokens: Int32) -> list[bytes]:
+    def next_keys(self, parents: Sequence[bytes | None], tokens: Int32) -> list[bytes]:
         """Return the key of one further block of several chains; ``tokens`` is int32[n, P]."""
-        hashed = self._hash
+        hashed, root = self._hash, self.root
         blocks = np.ascontiguousarray(tokens, "<i4").view(f"V{4 * self.page_size}").ravel()
         return [
-            hashed(key + block).digest()
+            hashed((key or root) + block).digest()
             for key, block in zip(parents, blocks.tolist(), strict=True)
         ]
 

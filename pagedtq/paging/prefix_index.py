@@ -20,15 +20,15 @@ class PrefixObserver(Protocol):
     """What is told of every change of a `PrefixIndex`."""
 
     def stored(self, keys: Sequence[bytes], parent: bytes | None, tokens: Int32 | None) -> None:
-        """Blocks of one sequence were published, in order; ``tokens`` are theirs if known."""
+        """Note that blocks of one sequence were published; ``tokens`` are theirs if known."""
         ...
 
     def removed(self, key: bytes) -> None:
-        """A page that held this block holds it no longer."""
+        """Note that a page that held this block holds it no longer."""
         ...
 
     def cleared(self) -> None:
-        """No page holds any block any more."""
+        """Note that no page holds any block any more."""
         ...
 
 
@@ -126,6 +126,25 @@ class PrefixIndex:
         if self.observer is not None and len(keys):
             self.observer.stored(keys, parent, tokens)
 
+    def publish_each(
+        self,
+        keys: Sequence[bytes],
+        pages: Int32,
+        parents: Sequence[bytes | None],
+        tokens: Int32,
+    ) -> None:
+        """Let pages hold one block each of several sequences, ``tokens`` int32[n, P].
+
+        Pages that hold a block already (a fork published it) are skipped. Nothing is checked.
+        """
+        observer, by_page = self.observer, self._keys
+        for at, (key, page) in enumerate(zip(keys, pages.tolist(), strict=True)):
+            if by_page[page] is None:
+                self._enter_one(key, page)
+                if observer is not None:
+                    observer.stored([key], parents[at], tokens[at])
+        self._held[pages] = True
+
     def forget(self, pages: Int32) -> None:
         """Let pages hold nothing; those that hold nothing already are skipped."""
         if not self._num_held:
@@ -203,16 +222,17 @@ class PrefixIndex:
 
     def _enter(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
         """Enter checked keys; the caller tells the observer."""
-        first, copies, held, by_page = self._first, self._copies, self._held, self._keys
         for key, page in zip(keys, pages, strict=True):
-            by_page[page] = key
-            if first.setdefault(key, page) != page:
-                copies.setdefault(key, {first[key]: None})[page] = None
-        if len(pages) == 1:
-            held[pages[0]] = True
-        else:
-            held[np.asarray(pages, np.int64)] = True
-        self._num_held += len(pages)
+            self._enter_one(key, page)
+        self._held[np.asarray(pages, np.int64)] = True
+
+    def _enter_one(self, key: bytes, page: int) -> None:
+        """Enter a key; the caller marks the page as held."""
+        self._keys[page] = key
+        self._num_held += 1
+        first = self._first.setdefault(key, page)
+        if first != page:
+            self._copies.setdefault(key, {first: None})[page] = None
 
     def _drop_copy(self, key: bytes, page: int) -> None:
         copies = self._copies[key]
