@@ -150,10 +150,7 @@ def token_array(name: str, tokens: Sequence[int] | npt.NDArray[Any]) -> Int32:
         # As int64 the large ones would pass for small negative ones.
         wide = np.where(tokens > INT32.max, 1 << 62, tokens).astype(np.int64)
     else:
-        try:
-            wide = integers(name, tokens)
-        except OverflowError as error:
-            raise ArgumentError(f"{name} must fit int32") from error
+        wide = integers(name, tokens)
     if wide.size and (int(wide.min()) < INT32.min or int(wide.max()) > INT32.max):
         worst = wide[(wide < INT32.min) | (wide > INT32.max)][0]
         raise ArgumentError(f"{name} must fit int32, got {worst}")

@@ -46,12 +46,20 @@ class SharedSequence(Sequence):
         self.ids: list[int] | None = None
         self.salt = b""
         self.prompt: list[int] = []
+        # How often it was cut: it goes on differently after each.
+        self.turns = 0
 
     def fork(self) -> SharedSequence:
         child = super().fork()
         child.ids = None if self.ids is None else list(self.ids)
         child.salt, child.prompt = self.salt, list(self.prompt)
+        child.turns = self.turns
         return child
+
+    def next_tokens(self, at: int, n: int) -> list[int]:
+        """Return the tokens from position ``at`` on: the prompt's, then some that recur."""
+        announced = self.prompt[at : at + n]
+        return announced + [(at + i + self.turns) % 3 for i in range(len(announced), n)]
 
     @property
     def pruned(self) -> bool:
@@ -101,9 +109,7 @@ class SharingCache(TokenCache):
         for seq_id, n in counts.items():
             sequence = self.model[seq_id]
             at = len(sequence.tokens)
-            announced = sequence.prompt[at : at + n]
-            # Behind the prompt: tokens that others are likely to choose too.
-            new = announced + [(at + i) % 3 for i in range(len(announced), n)]
+            new = sequence.next_tokens(at, n)
             ids += new
             if sequence.ids is None:
                 tokens += [-100 - self.next_token - i for i in range(n)]
@@ -118,10 +124,7 @@ class SharingCache(TokenCache):
         for seq_id, length in lengths.items():
             sequence = self.model[seq_id]
             if sequence.ids is not None:
-                added = len(sequence.tokens) - length
-                announced = sequence.prompt[length : length + added]
-                new = [(length + i) % 3 for i in range(len(announced), added)]
-                sequence.ids += announced + new
+                sequence.ids += sequence.next_tokens(length, len(sequence.tokens) - length)
         return done
 
     def truncate(self, seq_id, length):
@@ -130,6 +133,7 @@ class SharingCache(TokenCache):
         super().truncate(seq_id, length)
         if len(sequence.tokens) < before:
             sequence.prompt = sequence.prompt[:length]
+            sequence.turns += 1
         if sequence.ids is not None:
             del sequence.ids[len(sequence.tokens) :]
 
