@@ -13,6 +13,7 @@ from .config import (
 )
 from .errors import PagedTQError
 from .paging.eviction import KeepFirstLast
+from .paging.shared_prefixes import SharingOptions
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "LayerOverride",
     "PagedKVCache",
     "PagedTQError",
+    "SharingOptions",
     "TurboQuant",
     "__version__",
     "json_schema",

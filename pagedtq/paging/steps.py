@@ -95,11 +95,16 @@ class Steps(PublishedBlocks):
         if tokens is not None:
             self._forget(pages)
             self._page_tokens[cow.dst] = self._page_tokens[cow.src]
+        lost = NO_MEMBERS
         if leaving.size and self.num_sinks:
             lost, sink_copies = self._copy_sinks(cow, leaving, at[1] == 0, old.num_sinks)
-            new.num_sinks[lost] = 0
         if fresh_pages.size:
-            new.num_sinks[self._enter_pages(rows, blocks, fresh, fresh_pages)] = 0
+            recordless = self._enter_pages(rows, blocks, fresh, fresh_pages)
+            if recordless.size:
+                lost = np.concatenate((lost, recordless))
+        if lost.size:
+            new = new._replace(num_sinks=new.num_sinks.copy())
+            new.num_sinks[lost] = 0
         if tokens is not None:
             self._note_writes(rows, old.length, num_new, tokens)
         window_copies = self._take_slots(rows, old, slot_members, slot_copies)
@@ -180,7 +185,7 @@ class Steps(PublishedBlocks):
             return SequenceState(length, length, length, old.num_sinks)
         coded = np.maximum(old.coded, length // self.page_size * self.page_size)
         ring_start = np.maximum(old.ring_start, length - self.window_tokens)
-        sinks = old.num_sinks.copy()
+        sinks = old.num_sinks
         if self.num_sinks and old.length.size and int(old.length.min()) < self.num_sinks:
             # Sinks grow while every token so far is one; never again once block 0 was evicted.
             growing = sinks == old.length
@@ -224,9 +229,11 @@ class Steps(PublishedBlocks):
         self._table[rows[members], at] = pages
         if not self.num_sinks:
             return NO_MEMBERS
-        first = at == 0
+        first = np.flatnonzero(at == 0)
+        if first.size == 0:
+            return NO_MEMBERS
         records = self.windows.acquire_available_records(pages[first])
-        without: Int64 = members[first][records < 0]
+        without: Int64 = members[first[records < 0]]
         return without
 
     def _copy_sinks(
