@@ -14,11 +14,11 @@ import numpy as np
 from ..errors import ArgumentError, EvictedError
 from . import integrity
 from .arguments import Int32, Int64, Integers, integer, integers
+from .one_row import OneRow
 from .shared_prefixes import Tokens
-from .steps import Steps
 
 
-class PageTables(Steps):
+class PageTables(OneRow):
     """Page tables of all sequences over one page pool and one window pool.
 
     Parameters

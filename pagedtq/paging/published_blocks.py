@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import ArgumentError
 from .arguments import Bools, Int32, Int64, ranges
 from .block_keys import token_array
-from .shared_prefixes import NO_TOKENS, BlockChain, SharedPrefixes, Tokens
+from .shared_prefixes import NO_TOKENS, SharedPrefixes, Tokens
 
 
 class StepTokens(NamedTuple):
@@ -135,9 +135,10 @@ class PublishedBlocks(SharedPrefixes):
             chain.append(key)
         self.prefix.publish_each(keys, pages, parents, tokens)
 
-    def _publish_blocks(self, row: int, first: int, stop: int) -> None:
+    def _publish_blocks(self, row: int, first: int, stop: int, tokens: Int32 | None = None) -> None:
         """Publish blocks ``[first, stop)`` of one row; extend its chain of keys as needed."""
-        assert self.prefix is not None
+        if self.prefix is None:
+            return
         chain = self._chains[row]
         have = len(chain.keys)
         pages = self._table[row, first:stop]
@@ -152,21 +153,23 @@ class PublishedBlocks(SharedPrefixes):
                 pages = self._table[row, first:stop]
             else:
                 parent = chain.keys[-1] if have else None
-                tokens = self._page_tokens[fresh].ravel()
-                chain.keys += self._hasher.chain(tokens, parent, chain.extras, have)
+                known = self._page_tokens[fresh].ravel()
+                chain.keys += self._hasher.chain(known, parent, chain.extras, have)
         # Pages that hold their block already were published by a fork; evicted ones are gone.
         fresh_blocks = np.flatnonzero((pages > 0) & ~self.prefix.held[pages])
+        by_block: Int32 | None = None if chain.opaque else self._page_tokens[pages]
+        if tokens is not None:
+            by_block = tokens.reshape(pages.size, self.page_size)
         # One run of consecutive blocks per announcement.
         for run in np.split(fresh_blocks, np.flatnonzero(np.diff(fresh_blocks) > 1) + 1):
             if run.size:
-                self._publish_run(chain, first + int(run[0]), pages[run])
-
-    def _publish_run(self, chain: BlockChain, first: int, pages: Int32) -> None:
-        assert self.prefix is not None
-        parent = chain.keys[first - 1] if first else None
-        tokens = None if chain.opaque else self._page_tokens[pages].ravel()
-        keys = chain.keys[first : first + pages.size]
-        self.prefix.publish(keys, pages.tolist(), parent, tokens)
+                at = first + int(run[0])
+                self.prefix.publish(
+                    chain.keys[at : at + run.size],
+                    pages[run].tolist(),
+                    chain.keys[at - 1] if at else None,
+                    None if by_block is None else by_block[run].ravel(),
+                )
 
     def _taint_rows(self, rows: Int64) -> None:
         """Note that what these rows append from now on depends on what was pruned."""
