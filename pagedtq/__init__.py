@@ -14,6 +14,7 @@ from .config import (
 )
 from .errors import PagedTQError
 from .paging.eviction import KeepFirstLast
+from .paging.shared_prefixes import SharingOptions
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "PagedKVCache",
     "PagedTQError",
     "Polar",
+    "SharingOptions",
     "TurboQuant",
     "__version__",
     "json_schema",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from ..errors import ArgumentError, StepError
 from ..paging.arguments import token_counts
 from ..paging.eviction import EvictionPolicy, apply
 from ..paging.page_tables import PageTables
+from ..paging.shared_prefixes import SharingOptions
 from ..paging.step_plan import StepPlan
 from .reads import CacheReads, SeqIds
 
@@ -39,6 +40,8 @@ class PagedKVCache(CacheReads):
         Type of host arithmetic after decoding.
     num_threads : int, optional
         Host threads; one per available CPU by default.
+    sharing : SharingOptions, optional
+        Share pages between sequences that begin with the same tokens; without it only forks share.
     debug : bool
         Poison pages that are free or fresh, and check all invariants after every change.
 
@@ -57,6 +60,7 @@ class PagedKVCache(CacheReads):
         key_means: Array | None = None,
         accumulate: Literal["float32", "float64"] = "float32",
         num_threads: int | None = None,
+        sharing: SharingOptions | None = None,
         debug: bool = False,
     ) -> None:
         tables = PageTables(
@@ -65,6 +69,7 @@ class PagedKVCache(CacheReads):
             config.window_tokens,
             config.num_sinks,
             config.num_window_slots if config.window_tokens else 0,
+            sharing,
         )
         chosen = select_backend(
             backend, config, key_means=key_means, accumulate=accumulate, num_threads=num_threads
@@ -86,9 +91,46 @@ class PagedKVCache(CacheReads):
 
     # -- sequences ---------------------------------------------------------------------------
 
-    def open(self) -> int:
-        """Open an empty sequence and return its id."""
-        return self.tables.open()
+    def open(
+        self,
+        token_ids: Sequence[int] | Array | None = None,
+        *,
+        salt: bytes = b"",
+        extra_keys: Mapping[int, bytes] | None = None,
+        block_keys: Sequence[bytes] | None = None,
+    ) -> int:
+        """Open a sequence and return its id.
+
+        With ``sharing`` and tokens it begins with the pages that hold its first blocks already,
+        sinks included: `length` tells how many of its tokens need not be computed. Without tokens
+        it begins empty and is never shared.
+
+        Parameters
+        ----------
+        token_ids : sequence of int, optional
+            Its first tokens.
+        salt : bytes
+            Sequences with different salts never share a page.
+        extra_keys : mapping of block to bytes, optional
+            What else decides the keys and values of a block (an adapter, an image), opaque.
+        block_keys : sequence of bytes, optional
+            Instead of tokens: keys of its leading blocks, made by the caller.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            For bad tokens, salts or keys.
+        """
+        seq_id = self.tables.open(
+            token_ids, salt=salt, extra_keys=extra_keys, block_keys=block_keys
+        )
+        self._after_change()
+        return seq_id
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every block that can be found, if no page is held; return whether that was so."""
+        self._refuse_open_step("reset_prefix_cache")
+        return self.tables.reset_prefix_cache()
 
     def close(self, seq_ids: SeqIds) -> None:
         """Close sequences; pages that nobody else holds become free."""
@@ -136,6 +178,7 @@ class PagedKVCache(CacheReads):
         values: Array,
         num_new_tokens: int | Sequence[int] | Array | None = None,
         dtype: Dtype | None = None,
+        token_ids: Sequence[int] | Array | None = None,
     ) -> None:
         """Append tokens of all layers at once: everything or nothing, to the byte.
 
@@ -149,6 +192,9 @@ class PagedKVCache(CacheReads):
             Tokens of each sequence; for one sequence it is ``n``.
         dtype : {"f16", "bf16", "f32"}, optional
             Declares the type (needed for bfloat16 bits in uint16).
+        token_ids : sequence of int ``[n]``, optional
+            The tokens, so that their blocks can be shared; not needed for tokens that the
+            sequences were opened with.
 
         Raises
         ------
@@ -174,13 +220,16 @@ class PagedKVCache(CacheReads):
         self._refuse_open_step("append")
         for layer in range(layers):
             self.backend.check(layer, keys[layer], values[layer], dtype)
-        self.begin_step(ids, counts)
+        self.begin_step(ids, counts, token_ids)
         for layer in range(layers):
             self.store(layer, keys[layer], values[layer], dtype)
         self.commit()
 
     def begin_step(
-        self, seq_ids: SeqIds, num_new_tokens: int | Sequence[int] | Array = 1
+        self,
+        seq_ids: SeqIds,
+        num_new_tokens: int | Sequence[int] | Array = 1,
+        token_ids: Sequence[int] | Array | None = None,
     ) -> StepPlan:
         """Reserve room for new tokens of a batch, all or nothing, and open a step.
 
@@ -190,6 +239,8 @@ class PagedKVCache(CacheReads):
             The members.
         num_new_tokens : int or sequence of int
             Tokens of each.
+        token_ids : sequence of int, optional
+            The tokens, members one after the other, as in `append`.
 
         Returns
         -------
@@ -201,7 +252,7 @@ class PagedKVCache(CacheReads):
         OutOfPages, OutOfWindowSlots, StepError, UnknownSequence, ArgumentError
         """
         ids = self._ids(seq_ids)
-        plan = self.tables.reserve(ids, num_new_tokens)
+        plan = self.tables.reserve(ids, num_new_tokens, token_ids)
         if self.debug:
             self.backend.fill_pages(plan.new_pages, POISON)
         self.backend.clear_norms(plan.new_pages)
@@ -252,8 +303,14 @@ class PagedKVCache(CacheReads):
         self.backend.write_bounds(layer, plan.filled_pages)
         self._stored.add(layer)
 
-    def commit(self) -> None:
-        """Close the open step; every layer must be stored.
+    def commit(self, publish_to: Sequence[int] | Array | None = None) -> None:
+        """Close the open step; every layer must be stored. Complete blocks can now be found.
+
+        Parameters
+        ----------
+        publish_to : sequence of int, optional
+            Positions of each member from there on are drafts: their blocks are published by a
+            later commit, unless they are cut away.
 
         Raises
         ------
@@ -264,7 +321,7 @@ class PagedKVCache(CacheReads):
         missing = sorted(set(range(self.config.num_layers)) - self._stored)
         if missing and plan.num_tokens:
             raise StepError(f"layers {missing} are not stored in this step")
-        self.tables.commit(plan)
+        self.tables.commit(plan, publish_to)
         self._step = None
         self._after_change()
 
@@ -296,7 +353,10 @@ class PagedKVCache(CacheReads):
 
     def _freed(self, pages: Array) -> None:
         if self.debug and len(pages):
-            self.backend.fill_pages(pages, POISON)
+            prefix = self.tables.prefix
+            # Pages that can be found again keep their bytes.
+            gone = pages if prefix is None else pages[~prefix.held[pages]]
+            self.backend.fill_pages(gone, POISON)
         self._after_change()
 
     def _after_change(self) -> None:

@@ -12,6 +12,7 @@ from ..paging.page_tables import PageTables
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counts of pages, window slots, sequences and tokens.
 
+    ``pages_cached`` of the free pages hold a block that a new sequence can begin with.
     ``resident_tokens`` are positions whose page is held, per sequence (shared pages count for
     each); ``logical_tokens`` include evicted ones. ``page_utilisation`` is resident tokens over
     the token capacity of the pages the sequences hold, again per sequence.
@@ -21,6 +22,7 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     pages_used: int
     pages_free: int
     pages_shared: int
+    pages_cached: int
     window_slots_used: int
     window_slots_free: int
     num_sequences: int
@@ -67,6 +69,7 @@ def cache_stats(tables: PageTables) -> CacheStats:
         pages_used=pool.num_used,
         pages_free=pool.num_free,
         pages_shared=pool.num_shared,
+        pages_cached=tables.num_cached_pages,
         window_slots_used=windows.num_used,
         window_slots_free=windows.num_free,
         num_sequences=tables.num_sequences,

@@ -10,15 +10,15 @@ from ..errors import IntegrityError
 from .arguments import Bools, Int64
 
 if TYPE_CHECKING:
-    from .sequence_rows import SequenceRows
+    from .shared_prefixes import BlockChain, SharedPrefixes
 
 
-def check_tables(tables: SequenceRows) -> None:
+def check_tables(tables: SharedPrefixes) -> None:
     """Check ids and rows, states, page tables, owners of pages and slots, and sink records.
 
     Parameters
     ----------
-    tables : SequenceRows
+    tables : SharedPrefixes
         The tables; a step may be open.
 
     Raises
@@ -30,9 +30,10 @@ def check_tables(tables: SequenceRows) -> None:
     _check_states(tables, rows)
     _check_pages(tables, rows)
     _check_windows(tables, rows)
+    _check_prefixes(tables, rows)
 
 
-def _check_rows(tables: SequenceRows) -> Int64:
+def _check_rows(tables: SharedPrefixes) -> Int64:
     rows = np.flatnonzero(tables._ids >= 0)
     free = np.array(tables._free_rows, np.int64)
     everything = np.sort(np.concatenate((rows, free)))
@@ -44,9 +45,9 @@ def _check_rows(tables: SequenceRows) -> Int64:
     return rows
 
 
-def _check_states(tables: SequenceRows, rows: Int64) -> None:
+def _check_states(tables: SharedPrefixes, rows: Int64) -> None:
     size, window = tables.page_size, tables.window_tokens
-    length, coded, ring_start, sinks, keep, start, _ = tables._fields[:, rows]
+    length, coded, ring_start, sinks, keep, start = tables._fields[:6, rows]
     _require(length >= 0, rows, "has a negative length")
     if window:
         _require((ring_start >= 0) & (ring_start <= coded), rows, "breaks 0 <= r <= c")
@@ -60,7 +61,7 @@ def _check_states(tables: SequenceRows, rows: Int64) -> None:
     _require((keep <= start) & (start <= ring_start), rows, "breaks keep <= start <= r")
 
 
-def _check_pages(tables: SequenceRows, rows: Int64) -> None:
+def _check_pages(tables: SharedPrefixes, rows: Int64) -> None:
     size = tables.page_size
     table = tables._table[rows]
     length, evicted = tables._length[rows], tables._evicted[rows]
@@ -79,7 +80,7 @@ def _check_pages(tables: SequenceRows, rows: Int64) -> None:
     tables.pool.check_integrity(held)
 
 
-def _check_windows(tables: SequenceRows, rows: Int64) -> None:
+def _check_windows(tables: SharedPrefixes, rows: Int64) -> None:
     slots = tables._slot[rows]
     if not tables.window_tokens:
         _require(slots < 0, rows, "has a window slot, but there is no window")
@@ -89,16 +90,61 @@ def _check_windows(tables: SequenceRows, rows: Int64) -> None:
     _require(~in_ring | (slots >= 0), rows, "has tokens in the ring, but no slot")
     held = np.bincount(slots[slots >= 0], minlength=tables.windows.num_slots)
     tables.windows.check_integrity(held)
-    # Exactly the pages that are someone's block 0 have a sink record.
-    expected = np.zeros(tables.pool.num_pages, np.bool_)
+    # Sink records belong to pages that are someone's block 0; those that wait for another rest.
+    allowed = np.zeros(tables.pool.num_pages, np.bool_)
     if tables.num_sinks:
-        expected[tables._table[rows, 0]] = True
-        expected[0] = False
-    wrong = np.flatnonzero(expected != (tables.windows.sink_record >= 0))
+        allowed[tables._table[rows, 0]] = True
+        allowed[0] = False
+    recorded = tables.windows.sink_record >= 0
+    resting = np.zeros_like(allowed)
+    resting[tables.windows.resting_pages] = True
+    expected = allowed & recorded if tables.prefix is not None else allowed
+    wrong = np.flatnonzero(expected != (recorded & ~resting))
     if wrong.size:
         raise IntegrityError(f"page {int(wrong[0])} has a sink record or lacks one wrongly")
-    lost = (tables._sinks[rows] > 0) & (tables._table[rows, 0] == 0)
-    _require(~lost, rows, "has sinks without block 0")
+    if tables.prefix is not None:
+        wrong = np.flatnonzero(resting & ~(tables.prefix.held & (tables.pool.ref_counts == 0)))
+        if wrong.size:
+            raise IntegrityError(f"page {int(wrong[0])} rests, but is owned or holds no block")
+    lost = (tables._sinks[rows] > 0) & ~recorded[tables._table[rows, 0]]
+    _require(~lost, rows, "has sinks without a sink record of block 0")
+
+
+def _check_prefixes(tables: SharedPrefixes, rows: Int64) -> None:
+    if tables.prefix is None:
+        return
+    tables.prefix.check_integrity()
+    size = tables.page_size
+    unpaired = set(tables._chains) - set(rows.tolist())
+    if unpaired:
+        raise IntegrityError(f"row {unpaired.pop()} is closed, but keys of its blocks are kept")
+    unshared = np.setdiff1d(rows, list(tables._chains))
+    found = tables.prefix.held[tables._table[unshared]].any(axis=1)
+    _require(~found, unshared, "was opened without tokens, but one of its pages can be found")
+    for row, chain in tables._chains.items():
+        here, length = np.array([row]), int(tables._length[row])
+        done, known = int(tables._published[row]), int(tables._known[row])
+        _require(np.array([done <= min(length // size, len(chain.keys))]), here, "published more")
+        _require(np.array([known <= length]), here, "knows tokens that it does not have")
+        # A page that was cut inside its block forgets it when it is written on; a fork may have
+        # published a block whose key this row has not computed.
+        whole = min(length // size, len(chain.keys))
+        for block, page in enumerate(tables._table[row, :whole].tolist()):
+            if tables.prefix.key_of(page) not in (None, chain.keys[block]):
+                raise IntegrityError(f"page {page} of row {row} holds another block than {block}")
+        if not chain.opaque:
+            _check_chain(tables, row, chain)
+
+
+def _check_chain(tables: SharedPrefixes, row: int, chain: BlockChain) -> None:
+    """Recompute the keys of a row from the tokens in its pages."""
+    count = min(int(tables._known[row]) // tables.page_size, len(chain.keys))
+    pages = tables._table[row, :count]
+    if not pages.all():
+        count = int(np.argmin(pages > 0))
+    tokens = tables._page_tokens[pages[:count]].ravel()
+    if tables._hasher.chain(tokens, extras=chain.extras) != chain.keys[:count]:
+        raise IntegrityError(f"row {row} has keys that its tokens do not hash to")
 
 
 def _require(holds: Bools, rows: Int64, problem: str) -> None:

@@ -1,7 +1,8 @@
 """Reference-counted ids with a FIFO queue of the free ones, and the page pool made of them.
 
-The queue is a ring array. Order is that of vLLM's block pool: ids are taken at the head, freed ids
-join the tail in the order given, so that the page that was freed longest ago is reused first.
+Order is that of vLLM's block pool: ids are taken at the head of the queue, freed ids join the tail
+in the order given, so that the page that was freed longest ago is reused first. A page without an
+owner may still be wanted for what it holds: `PagePool.touch` takes it from the middle of the queue.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import numpy as np
 
 from ..errors import ArgumentError, CapacityError, IntegrityError, OutOfPages
 from .arguments import Bools, Int32, Int64, Integers, integer, integers
+from .free_queue import FreeQueue
 
 
 class CountedPool:
@@ -31,9 +33,7 @@ class CountedPool:
     def __init__(self, first: int, count: int) -> None:
         self._first, self._count = first, count
         self._refs = np.zeros(first + count, np.int32)
-        self._queue = np.arange(first, first + count, dtype=np.int32)
-        self._head = 0
-        self._free = count
+        self._queue = FreeQueue(first, count)
         self._shared = 0
         self._scratch = np.zeros(first + count, np.int64)
         view = self._refs.view()
@@ -48,12 +48,12 @@ class CountedPool:
     @property
     def num_free(self) -> int:
         """Ids without an owner."""
-        return self._free
+        return len(self._queue)
 
     @property
     def num_used(self) -> int:
         """Ids with at least one owner."""
-        return self._count - self._free
+        return self._count - len(self._queue)
 
     @property
     def num_shared(self) -> int:
@@ -74,17 +74,11 @@ class CountedPool:
         """
         if type(count) is not int or count < 0:
             count = integer("count", count, 0)
-        if count > self._free:
-            raise self.exhausted(count, self._free, self._count)
+        if count > len(self._queue):
+            raise self.exhausted(count, len(self._queue), self._count)
         if count == 0:
             return np.empty(0, np.int32)
-        end = self._head + count
-        if end <= self._count:
-            ids = self._queue[self._head : end].copy()
-        else:
-            ids = np.concatenate((self._queue[self._head :], self._queue[: end - self._count]))
-        self._head = end % self._count
-        self._free -= count
+        ids = self._queue.pop(count)
         self._refs[ids] = 1
         return ids
 
@@ -116,14 +110,8 @@ class CountedPool:
             If an id is out of range or free.
         """
         owned = self._owned(ids, "retain")
-        if owned.size == 0:
-            return
-        last = self._last_occurrence(owned)
-        self._shared += int(np.count_nonzero(last & (self._refs[owned] == 1)))
-        if last.all():
-            self._refs[owned] += 1
-        else:
-            np.add.at(self._refs, owned, 1)
+        if owned.size:
+            self._add_owners(owned)
 
     def release(self, ids: Integers) -> Int32:
         """Take one owner from each id; one that is given twice loses two.
@@ -151,7 +139,7 @@ class CountedPool:
                 # The common case in three calls: every id is given once and loses its only owner.
                 self._refs[owned] = 0
                 freed: Int32 = owned.astype(np.int32)
-                self._enqueue(freed)
+                self._queue.push(freed)
                 return freed
             after = before - 1
         else:
@@ -166,7 +154,7 @@ class CountedPool:
         self._refs[owned] = after
         self._shared -= int(np.count_nonzero(last & (before > 1) & (after <= 1)))
         freed = owned[last & (after == 0)].astype(np.int32)
-        self._enqueue(freed)
+        self._queue.push(freed)
         return freed
 
     def copied_on_write(self, ids: Int32) -> Bools:
@@ -189,9 +177,7 @@ class CountedPool:
 
     def free_ids(self) -> Int32:
         """Return the free queue from head to tail, ``int32[num_free]``."""
-        places = (self._head + np.arange(self._free)) % max(self._count, 1)
-        queue: Int32 = self._queue[places]
-        return queue
+        return self._queue.ids()
 
     def check_integrity(self, expected_refs: Int64 | None = None) -> None:
         """Prove that queue, counts and (where given) the owners' own count agree.
@@ -213,6 +199,7 @@ class CountedPool:
         ):
             if broken.any():
                 raise IntegrityError(f"{self.noun} {int(np.flatnonzero(broken)[0])} {problem}")
+        self._queue.check_integrity()
         if self._refs[: self._first].any():
             raise IntegrityError(f"the null {self.noun} has an owner")
         if int(np.count_nonzero(self._refs > 1)) != self._shared:
@@ -224,21 +211,25 @@ class CountedPool:
                 f"but {int(expected_refs[worst])} hold it"
             )
 
-    def _enqueue(self, ids: Int32) -> None:
-        if ids.size == 0:
-            return
-        tail = (self._head + self._free) % self._count
-        end = tail + ids.size
-        if end <= self._count:
-            self._queue[tail:end] = ids
+    def _add_owners(self, ids: Int64) -> None:
+        last = self._last_occurrence(ids)
+        before = self._refs.take(ids)
+        if last.all():
+            self._refs[ids] = before + 1
         else:
-            split = self._count - tail
-            self._queue[tail:] = ids[:split]
-            self._queue[: end - self._count] = ids[split:]
-        self._free += ids.size
+            np.add.at(self._refs, ids, 1)
+        self._shared += int(np.count_nonzero(last & (before <= 1) & (self._refs.take(ids) > 1)))
 
     def _owned(self, ids: Integers, operation: str) -> Int64:
         """Return the ids without the skipped "none", checked to be in range and owned."""
+        array = self._in_range(ids, operation)
+        refs = self._refs.take(array)
+        if not refs.all():
+            worst = int(array[refs == 0][0])
+            raise ArgumentError(f"{operation}: {self.noun} {worst} has no owner")
+        return array
+
+    def _in_range(self, ids: Integers, operation: str) -> Int64:
         array = integers(self.noun, ids)
         if array.size == 0:
             return array
@@ -252,10 +243,6 @@ class CountedPool:
                 f"{operation}: {self.noun} must be in [{self._first}, {self._refs.size - 1}], "
                 f"got {worst}"
             )
-        refs = self._refs.take(array)
-        if not refs.all():
-            worst = int(array[refs == 0][0])
-            raise ArgumentError(f"{operation}: {self.noun} {worst} has no owner")
         return array
 
     def _last_occurrence(self, ids: Int32 | Int64) -> Bools:
@@ -283,3 +270,21 @@ class PagePool(CountedPool):
     def __init__(self, num_pages: int) -> None:
         super().__init__(1, integer("num_pages", num_pages, 2, (1 << 31) - 1) - 1)
         self.num_pages = self._count + 1
+
+    def touch(self, pages: Integers) -> None:
+        """Add one owner to each page, free or not; one that is given twice gets two.
+
+        Free pages leave the queue, wherever they are in it; the order of the others stays.
+
+        Raises
+        ------
+        ArgumentError
+            If a page is out of range.
+        """
+        wanted = self._in_range(pages, "touch")
+        if wanted.size == 0:
+            return
+        waiting = wanted[self._refs.take(wanted) == 0]
+        if waiting.size:
+            self._queue.remove(waiting[self._last_occurrence(waiting)].astype(np.int32))
+        self._add_owners(wanted)

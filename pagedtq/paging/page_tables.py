@@ -7,15 +7,19 @@ No byte of a page is touched here: a `StepPlan` says what a data plane has to do
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 
 from ..errors import ArgumentError, EvictedError
 from . import integrity
 from .adoption import Adoption
 from .arguments import Int32, Int64, Integers, integer, integers
+from .one_row import OneRow
+from .shared_prefixes import Tokens
 
 
-class PageTables(Adoption):
+class PageTables(Adoption, OneRow):
     """Page tables of all sequences over one page pool and one window pool.
 
     Parameters
@@ -30,6 +34,8 @@ class PageTables(Adoption):
         First tokens of a sequence kept exact, S; at most ``page_size``, unused without a window.
     num_window_slots : int
         Sequences that can own a window at a time; at least 1 with a window, unused without.
+    sharing : SharingOptions, optional
+        Share pages between sequences that begin alike; without it only forks share.
 
     Attributes
     ----------
@@ -37,15 +43,56 @@ class PageTables(Adoption):
         Owners of pages.
     windows : WindowPool
         Owners of window slots, and the sink record of each block-0 page.
+    prefix : PrefixIndex or None
+        Which page holds which block, with ``sharing``.
     """
 
-    def open(self) -> int:
-        """Open an empty sequence and return its id, which is never used again in this process."""
-        return int(self.open_many(1)[0])
+    def open(
+        self,
+        token_ids: Tokens | None = None,
+        *,
+        salt: bytes = b"",
+        extra_keys: Mapping[int, bytes] | None = None,
+        block_keys: Sequence[bytes] | None = None,
+    ) -> int:
+        """Open a sequence and return its id, which is never used again in this process.
+
+        With tokens it begins with the pages that hold its first blocks already: its length is
+        then a multiple of the page size, and what is left of the tokens is to be appended. Without
+        tokens it begins empty and is never shared.
+
+        Parameters
+        ----------
+        token_ids : integers, optional
+            Its first tokens, in int32.
+        salt : bytes
+            Sequences with different salts never share a page.
+        extra_keys : mapping of block to bytes, optional
+            What else decides the keys and values of a block, opaque.
+        block_keys : sequence of bytes, optional
+            Instead of tokens: keys of its leading blocks, made by the caller, which must name all
+            that decides a block's keys and values. More can follow with `extend_keys`.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            For bad tokens, salts or keys.
+        """
+        chain = self._chain_of(token_ids, salt, extra_keys, block_keys)
+        pages = []
+        if chain is not None:
+            opaque = chain.opaque
+            length = len(chain.keys) * self.page_size if opaque else chain.prompt.size
+            pages = self._found(chain.keys, length, None if opaque else chain.prompt)
+        ids, rows = self._new_rows(1)
+        self._adopt(int(rows[0]), chain, pages)
+        return int(ids[0])
 
     def open_many(self, count: int) -> Int64:
-        """Open ``count`` empty sequences and return their ids, ``int64[count]``."""
-        return self._new_rows(integer("count", count, 0))[0]
+        """Open ``count`` empty sequences without tokens; return their ids, ``int64[count]``."""
+        ids, rows = self._new_rows(integer("count", count, 0))
+        self._known[rows] = -1
+        return ids
 
     def close(self, seq_ids: int | Integers) -> Int32:
         """Close sequences: drop their pages, each sequence's last first, and their windows.
@@ -79,6 +126,7 @@ class PageTables(Adoption):
         self._table[new_row] = self._table[row]
         self._slot[new_row] = self._slot[row]
         self.windows.retain(self._slot[row : row + 1])
+        self._share_chain(row, new_row)
         return int(new_id[0])
 
     def truncate(self, seq_id: int, length: int) -> Int32:
@@ -100,7 +148,8 @@ class PageTables(Adoption):
         """
         self._refuse_open_step("truncate")
         row = self._row_of(seq_id)
-        length = integer("length", length, 0, int(self._length[row]))
+        before = int(self._length[row])
+        length = integer("length", length, 0, before)
         block, offset = divmod(length, self.page_size)
         if offset and self._table[row, block] == 0:
             raise EvictedError(
@@ -108,7 +157,10 @@ class PageTables(Adoption):
                 f"expected a multiple of {self.page_size} or a length inside a resident block"
             )
         self.version += 1
-        return self._cut(np.array([row]), np.array([length]))
+        freed = self._cut(np.array([row]), np.array([length]))
+        if length < before:
+            self._cut_chain(row, length)
+        return freed
 
     def evict(
         self, seq_id: int, blocks: Integers, boundary: tuple[int, int] | None = None
@@ -142,10 +194,11 @@ class PageTables(Adoption):
         dropped = np.sort(self._evictable(seq_id, row, integers("blocks", blocks)))[::-1]
         if boundary is not None:
             boundary = self._checked_boundary(seq_id, row, *boundary)
-            self._keep[row], self._start[row] = boundary
+            self._hide(row, *boundary)
         if dropped.size == 0:
             return np.empty(0, np.int32)
         self.version += 1
+        self._taint_rows(np.array([row]))
         freed = self._release_pages(self._table[row, dropped])
         self._table[row, dropped] = 0
         self._evicted[row] += dropped.size
@@ -163,7 +216,7 @@ class PageTables(Adoption):
         """
         self._refuse_open_step("set_start")
         row = self._row_of(seq_id)
-        self._keep[row], self._start[row] = self._checked_boundary(seq_id, row, keep, start)
+        self._hide(row, *self._checked_boundary(seq_id, row, keep, start))
 
     def check_integrity(self) -> None:
         """Prove every invariant of the tables and pools; see `integrity.check_tables`.
@@ -174,6 +227,11 @@ class PageTables(Adoption):
             Naming the first broken invariant.
         """
         integrity.check_tables(self)
+
+    def _hide(self, row: int, keep: int, start: int) -> None:
+        self._keep[row], self._start[row] = keep, start
+        if keep < start:
+            self._taint_rows(np.array([row]))
 
     def _evictable(self, seq_id: int, row: int, blocks: Int64) -> Int64:
         size, ring_start = self.page_size, self._ring_start_of(row)

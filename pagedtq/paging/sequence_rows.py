@@ -25,7 +25,8 @@ class SequenceRows:
 
     Row fields (``int64[capacity]``): ``length`` L, ``coded`` c, ``ring_start`` r, ``sinks`` s, the
     read boundaries ``keep`` and ``start``, and ``evicted``, the number of null entries among the
-    row's blocks. Without a window c, r and s are not kept up to date: they are L, L and 0.
+    row's blocks. Without a window c, r and s are not kept up to date: they are L, L and 0. The last
+    five belong to `SharedPrefixes`.
     ``slot`` (``int32[capacity]``) is the window slot or -1; ``table`` (``int32[capacity, width]``)
     holds page ids, 0 where a block was evicted and from ``ceil(L / P)`` on. A row without a
     sequence is all zeros, its slot -1.
@@ -39,6 +40,11 @@ class SequenceRows:
     _keep: Int64
     _start: Int64
     _evicted: Int64
+    _known: Int64
+    _prompt_end: Int64
+    _published: Int64
+    _taint: Int64
+    _keyed: Int64
     _table: Int32
 
     def __init__(
@@ -63,7 +69,7 @@ class SequenceRows:
         self.windows = WindowPool(slots if self.window_tokens else 0, num_pages)
         #: Grows with every change; tells a `StepPlan` whether its lazy arrays still hold.
         self.version = 0
-        self._fields = np.zeros((7, 0), np.int64)
+        self._fields = np.zeros((12, 0), np.int64)
         self._ids = np.empty(0, np.int64)
         self._slot = np.empty(0, np.int32)
         self._table = np.zeros((0, 8), np.int32)
@@ -148,7 +154,9 @@ class SequenceRows:
         self._fields, self._table, self._ids, self._slot = fields, table, ids, slot
         self._scratch = scratch
         self._length, self._coded, self._ring_start, self._sinks = fields[:4]
-        self._keep, self._start, self._evicted = fields[4:]
+        self._keep, self._start, self._evicted = fields[4:7]
+        self._known, self._prompt_end, self._published = fields[7:10]
+        self._taint, self._keyed = fields[10:]
         # The last one is taken first: low rows before high ones.
         self._free_rows[:0] = range(new - 1, old - 1, -1)
 

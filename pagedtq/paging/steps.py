@@ -6,16 +6,22 @@ import numpy as np
 
 from ..errors import OutOfPages, OutOfWindowSlots, StepError
 from .arguments import Bools, Int32, Int64, Integers, ranges, token_counts
+from .published_blocks import PublishedBlocks
+from .shared_prefixes import Tokens
 from .step_plan import NO_COPIES, PageCopies, SequenceState, StepPlan
-from .table_views import TableViews
 
 
-class Steps(TableViews):
+class Steps(PublishedBlocks):
     """Appending to a batch of sequences; at most one step is open at a time."""
 
     _step: StepPlan | None = None
 
-    def reserve(self, seq_ids: Integers, num_new_tokens: int | Integers) -> StepPlan:
+    def reserve(
+        self,
+        seq_ids: Integers,
+        num_new_tokens: int | Integers,
+        token_ids: Tokens | None = None,
+    ) -> StepPlan:
         """Open a step that appends tokens to a batch of sequences; all of it or nothing.
 
         Pages and window slots that are shared with other sequences and would be written are left
@@ -28,6 +34,10 @@ class Steps(TableViews):
             Sequences, each at most once.
         num_new_tokens : int or integers [B]
             Tokens to append to each, 0 included.
+        token_ids : integers [N], optional
+            Ids of the new tokens, the members' one after the other; those of sequences that were
+            opened without tokens are ignored. Without it a sequence appends the tokens it was
+            opened with, and behind these nothing more of it is shared.
 
         Returns
         -------
@@ -37,7 +47,7 @@ class Steps(TableViews):
         Raises
         ------
         UnknownSequence, ArgumentError, ArgumentTypeError
-            For bad ids or counts.
+            For bad ids, counts or token ids.
         StepError
             If a step is open.
         OutOfPages, OutOfWindowSlots
@@ -49,6 +59,8 @@ class Steps(TableViews):
         num_new = token_counts("num_new_tokens", num_new_tokens, rows.size).copy()
         size = self.page_size
         old = self._states(rows)
+        sharing = self.prefix is not None
+        tokens = self._step_tokens(rows, old.length, num_new, token_ids) if sharing else None
         new = self._after_append(old, num_new)
         blocks = (old.length + (size - 1)) // size
         blocks_after = (new.length + (size - 1)) // size
@@ -80,10 +92,21 @@ class Steps(TableViews):
             coded = old.coded[leaving] > at[1] * size
             copies = PageCopies(cow.src[coded], cow.dst[coded])
             new_pages = np.delete(pages, places[coded])
-            if self.num_sinks:
-                sink_copies = self._copy_sinks(cow, at[1] == 0, old.num_sinks[leaving] > 0)
+        if tokens is not None:
+            self._forget(pages)
+            self._page_tokens[cow.dst] = self._page_tokens[cow.src]
+        lost = NO_MEMBERS
+        if leaving.size and self.num_sinks:
+            lost, sink_copies = self._copy_sinks(cow, leaving, at[1] == 0, old.num_sinks)
         if fresh_pages.size:
-            self._enter_pages(rows, blocks, fresh, fresh_pages)
+            recordless = self._enter_pages(rows, blocks, fresh, fresh_pages)
+            if recordless.size:
+                lost = np.concatenate((lost, recordless))
+        if lost.size:
+            new = new._replace(num_sinks=new.num_sinks.copy())
+            new.num_sinks[lost] = 0
+        if tokens is not None:
+            self._note_writes(rows, old.length, num_new, tokens)
         window_copies = self._take_slots(rows, old, slot_members, slot_copies)
         self._length[rows] = new.length
         if self.window_tokens:
@@ -105,15 +128,27 @@ class Steps(TableViews):
         )
         return self._step
 
-    def commit(self, plan: StepPlan) -> None:
-        """Close the open step; its tokens stay.
+    def commit(self, plan: StepPlan, publish_to: Integers | None = None) -> None:
+        """Close the open step; its tokens stay, and blocks that are complete can be found.
+
+        Parameters
+        ----------
+        plan : StepPlan
+            The open step.
+        publish_to : integers [B], optional
+            Positions of each member from there on are drafts: a block that holds one is published
+            by a later commit, if it is not cut away by then.
 
         Raises
         ------
         StepError
             If ``plan`` is not the open step.
         """
+        upto = None
+        if publish_to is not None:
+            upto = token_counts("publish_to", publish_to, plan.rows.size)
         self._end_step(plan, "commit")
+        self._publish(plan.rows, upto)
 
     def abort(self, plan: StepPlan) -> Int32:
         """Close the open step and truncate its sequences to their old lengths.
@@ -178,23 +213,46 @@ class Steps(TableViews):
         members = np.flatnonzero(wanting)
         return members, slots[members] >= 0
 
-    def _enter_pages(self, rows: Int64, blocks: Int64, fresh: Int64, pages: Int32) -> None:
-        """Write new pages behind the blocks of each member, member by member."""
+    def _enter_pages(self, rows: Int64, blocks: Int64, fresh: Int64, pages: Int32) -> Int64:
+        """Write new pages behind the blocks of each member, member by member.
+
+        Returns
+        -------
+        int64[n]
+            Members whose block 0 found no sink record left.
+        """
         members = np.flatnonzero(fresh)
-        into, at = rows[members], blocks[members]
+        at = blocks[members]
         if pages.size > members.size:
             counts = fresh[members]
-            into, at = np.repeat(into, counts), np.repeat(at, counts) + ranges(counts)
-        self._table[into, at] = pages
-        if self.num_sinks:
-            self.windows.acquire_records(pages[at == 0])
+            members, at = np.repeat(members, counts), np.repeat(at, counts) + ranges(counts)
+        self._table[rows[members], at] = pages
+        if not self.num_sinks:
+            return NO_MEMBERS
+        first = np.flatnonzero(at == 0)
+        if first.size == 0:
+            return NO_MEMBERS
+        records = self.windows.acquire_available_records(pages[first])
+        without: Int64 = members[first[records < 0]]
+        return without
 
-    def _copy_sinks(self, cow: PageCopies, is_first: Bools, has_sinks: Bools) -> PageCopies:
-        """Give copies of block-0 pages a record; return the pairs whose sinks must be copied."""
-        src, dst = cow.src[is_first], cow.dst[is_first]
-        records = self.windows.acquire_records(dst)
-        used = has_sinks[is_first]
-        return PageCopies(self.windows.sink_record[src[used]], records[used])
+    def _copy_sinks(
+        self, cow: PageCopies, leaving: Int64, is_first: Bools, sinks: Int64
+    ) -> tuple[Int64, PageCopies]:
+        """Give copies of block-0 pages that have sinks a record.
+
+        Returns
+        -------
+        lost : int64[n]
+            Members that found no record left; their sinks are read from codes from now on.
+        copies : PageCopies
+            Records whose sinks must be copied.
+        """
+        used = is_first & (sinks[leaving] > 0)
+        src = self.windows.sink_record[cow.src[used]]
+        dst = self.windows.acquire_available_records(cow.dst[used])
+        given = dst >= 0
+        return leaving[used][~given], PageCopies(src[given], dst[given])
 
     def _take_slots(
         self, rows: Int64, old: SequenceState[Int64], members: Int64, leaving: Bools

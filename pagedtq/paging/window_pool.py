@@ -17,8 +17,10 @@ from .page_pool import CountedPool
 class WindowPool(CountedPool):
     """Window slots, and one sink record per page that is some sequence's block 0.
 
-    There are as many records as slots, which is always enough: a sequence gets a block 0 of its own
-    only in an append, which also gives it a slot of its own, and both are shared by forks alone.
+    There are as many records as slots. That is always enough while pages are shared by forks alone:
+    a sequence gets a block 0 of its own only in an append, which also gives it a slot of its own.
+    With prefix sharing a page keeps its record while it waits to be found again: the record rests,
+    and is taken from it when another page needs one; a page may then have none.
 
     Parameters
     ----------
@@ -35,6 +37,8 @@ class WindowPool(CountedPool):
         super().__init__(0, integer("num_slots", num_slots, 0, 1 << 24))
         self.num_slots = self._count
         self._records = _RecordPool(0, self._count)
+        # Pages without an owner whose records rest; the one that rests longest comes first.
+        self._resting: dict[int, None] = {}
         self._record_of = np.full(integer("num_pages", num_pages, 2), -1, np.int32)
         view = self._record_of.view()
         view.flags.writeable = False
@@ -85,9 +89,38 @@ class WindowPool(CountedPool):
     def release_records(self, pages: Integers) -> None:
         """Take their records from pages that became free; pages without one are skipped."""
         array = self._pages(pages)
+        self.wake_records(array)
         records = self._record_of[array]
         self._record_of[array] = -1
         self._records.release(records)
+
+    def acquire_available_records(self, pages: Integers) -> Int32:
+        """Give each page a record, if need be one that rests; -1 to those that find none left."""
+        array = self._pages(pages)
+        lacking = array.size - self._records.num_free
+        if lacking > 0 and self._resting:
+            oldest = list(self._resting)[:lacking]
+            self.release_records(np.array(oldest, np.int64))
+        given = min(array.size, self._records.num_free)
+        records = np.full(array.size, -1, np.int32)
+        records[:given] = self.acquire_records(array[:given])
+        return records
+
+    def rest_records(self, pages: Int32) -> None:
+        """Let the records of pages that have no owner any more rest; some may have none."""
+        for page in pages[self._record_of[pages] >= 0].tolist():
+            self._resting[page] = None
+
+    def wake_records(self, pages: Int32 | Int64) -> None:
+        """Let no other page take the records of pages that found an owner again."""
+        if self._resting:
+            for page in pages.tolist():
+                self._resting.pop(page, None)
+
+    @property
+    def resting_pages(self) -> Int32:
+        """Pages whose records rest, the one that rests longest first, ``int32[n]``."""
+        return np.array(list(self._resting), np.int32)
 
     def check_integrity(self, expected_refs: Int64 | None = None) -> None:
         """Prove that slots and records are conserved; see `CountedPool.check_integrity`."""
@@ -96,6 +129,8 @@ class WindowPool(CountedPool):
         self._records.check_integrity(np.bincount(held, minlength=self._count))
         if np.unique(held).size != held.size:
             raise IntegrityError("two pages have the same sink record")
+        if (self._record_of[self.resting_pages] < 0).any():
+            raise IntegrityError("a page without a sink record counts as resting")
 
     def _pages(self, pages: Integers) -> Int64:
         array = integers("pages", pages)

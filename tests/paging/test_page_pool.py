@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 import pytest
@@ -81,6 +81,23 @@ def test_ref_counts_cannot_be_written_from_outside():
     pool = PagePool(4)
     with pytest.raises(ValueError, match="read-only"):
         pool.ref_counts[1] = 3
+
+
+def test_touching_takes_a_free_page_from_the_middle_of_the_queue():
+    pool = PagePool(8)
+    pool.touch([3, 5, 3])
+    assert pool.free_ids().tolist() == [1, 2, 4, 6, 7]
+    assert pool.ref_counts.tolist() == [0, 0, 0, 2, 0, 1, 0, 0]
+    assert pool.num_shared == 1
+    assert pool.acquire(3).tolist() == [1, 2, 4]
+    pool.touch([1, 6])
+    assert pool.release([6, 1, 1, 5, 3, 3]).tolist() == [6, 1, 5, 3]
+    assert pool.free_ids().tolist() == [7, 6, 1, 5, 3]
+    pool.check_integrity()
+    for page in (8, -1):
+        with pytest.raises(ArgumentError, match="touch"):
+            pool.touch([1, page])
+    assert pool.free_ids().tolist() == [7, 6, 1, 5, 3]
 
 
 @pytest.mark.parametrize(
@@ -178,9 +195,11 @@ def test_twenty_thousand_random_operations_equal_a_deque():
 def test_integrity_finds_a_page_that_was_lost_or_queued_twice():
     for damage, message in (
         (lambda pool: pool._refs.__setitem__(3, 1), "page 3"),
-        (lambda pool: pool._queue.__setitem__(1, 4), "twice"),
+        (lambda pool: pool._queue._ring.__setitem__(1, 4), "twice"),
         (lambda pool: pool._refs.__setitem__(0, 1), "null"),
-        (lambda pool: setattr(pool, "_free", pool._free - 1), "page"),
+        (lambda pool: pool._queue._ring.__setitem__(1, -1), "page 2"),
+        (lambda pool: setattr(pool._queue, "_size", 3), "counts 3"),
+        (lambda pool: pool._queue._place.__setitem__(4, 0), "where"),
         (lambda pool: pool._refs.__setitem__(1, 2), "shared"),
         (lambda pool: pool._refs.__setitem__(1, -1), "negative"),
     ):
@@ -213,3 +232,32 @@ def test_window_slots_start_at_0_and_records_follow_pages():
     windows._record_of[2] = 1
     with pytest.raises(IntegrityError, match="sink record 1"):
         windows.check_integrity()
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_any_takes_frees_and_touches_keep_the_order_of_a_linked_list(count):
+    pool, order = PagePool(count + 1), OrderedDict.fromkeys(range(1, count + 1))
+    rng, held = random.Random(count), []
+    for _ in range(3000):
+        what = rng.random()
+        if what < 0.4:
+            wanted = rng.randint(0, min(len(order), rng.choice([1, 4, 40])))
+            expected = [order.popitem(last=False)[0] for _ in range(wanted)]
+            assert pool.acquire(wanted).tolist() == expected
+            held += expected
+        elif what < 0.75:
+            rng.shuffle(held)
+            gone = [held.pop() for _ in range(rng.randint(0, min(len(held), 30)))]
+            last = {page: at for at, page in enumerate(gone)}
+            freed = [p for at, p in enumerate(gone) if last[p] == at and p not in held]
+            assert pool.release(gone).tolist() == freed
+            order.update(dict.fromkeys(freed))
+        else:
+            pages = [rng.randint(1, count) for _ in range(rng.randint(0, 12))]
+            pool.touch(pages)
+            held += pages
+            for page in pages:
+                order.pop(page, None)
+        assert pool.num_free == len(order)
+        assert pool.free_ids().tolist() == list(order)
+    pool.check_integrity(np.bincount(held, minlength=count + 1))

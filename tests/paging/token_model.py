@@ -11,7 +11,7 @@ import pytest
 from token_layers import POISON, Layer
 
 from pagedtq.errors import EvictedError, OutOfPages, OutOfWindowSlots
-from pagedtq.paging import KeepFirstLast, PageTables, StepPlan, eviction
+from pagedtq.paging import KeepFirstLast, PageTables, SharingOptions, StepPlan, eviction
 
 
 class Sequence:
@@ -23,7 +23,7 @@ class Sequence:
         self.keep = self.start = 0
 
     def fork(self) -> Sequence:
-        child = Sequence()
+        child = type(self)()
         child.tokens, child.evicted = list(self.tokens), set(self.evicted)
         child.keep, child.start = self.keep, self.start
         return child
@@ -39,8 +39,9 @@ class TokenCache:
         window: int = 0,
         num_sinks: int = 0,
         num_slots: int = 0,
+        sharing: SharingOptions | None = None,
     ) -> None:
-        self.tables = PageTables(page_size, num_pages, window, num_sinks, num_slots)
+        self.tables = PageTables(page_size, num_pages, window, num_sinks, num_slots, sharing)
         # The middle layer stands for one that an aborted step never reached.
         self.layers = [Layer(self.tables, overlay=True), Layer(self.tables, overlay=True)]
         self.layers.append(Layer(self.tables, overlay=False))
@@ -59,6 +60,7 @@ class TokenCache:
         lengths = tables.lengths(seq_ids)
         num_new = np.array(list(counts.values()), np.int64)
         need, slots = self._demand(counts)
+        token_ids, tokens = self._tokens_of(counts)
         free, free_slots = tables.pool.num_free, tables.windows.num_free
         if need > free or slots > free_slots:
             before = self.snapshot()
@@ -67,19 +69,17 @@ class TokenCache:
             else:
                 expected, numbers = OutOfWindowSlots, (slots, free_slots, tables.windows.num_slots)
             with pytest.raises(expected) as caught:
-                tables.reserve(seq_ids, num_new)
+                tables.reserve(seq_ids, num_new, token_ids)
             assert (caught.value.need, caught.value.free, caught.value.total) == numbers
             assert before == self.snapshot()
             return False
-        plan = tables.reserve(seq_ids, num_new)
+        plan = tables.reserve(seq_ids, num_new, token_ids)
         assert tables.pool.num_free == free - need
         assert tables.windows.num_free == free_slots - slots
         assert plan.new_pages.size + plan.copy_dst.size == need
         assert set(plan.copy_dst) <= set(plan.cow_dst)
         assert len(set(plan.cow_dst)) == plan.cow_dst.size
         assert np.array_equal(tables.lengths(seq_ids), lengths + num_new)
-        tokens = np.arange(self.next_token, self.next_token + plan.num_tokens)
-        self.next_token += tokens.size
         self._check_filled(plan)
         for layer in self.layers:
             layer.begin(tables, plan)
@@ -96,6 +96,12 @@ class TokenCache:
             for member, seq_id in enumerate(counts):
                 self.model[seq_id].tokens += tokens[plan.token_rows == member].tolist()
         return True
+
+    def _tokens_of(self, counts: dict[int, int]) -> tuple[np.ndarray | None, np.ndarray]:
+        """Return the ids that reserve is given, and the bytes that are written."""
+        tokens = np.arange(self.next_token, self.next_token + sum(counts.values()))
+        self.next_token += tokens.size
+        return None, tokens
 
     def fork(self, seq_id: int) -> int:
         free, free_slots = self.tables.pool.num_free, self.tables.windows.num_free
@@ -154,6 +160,8 @@ class TokenCache:
         assert freed.size == np.unique(freed).size
         assert 0 not in freed
         assert not self.tables.pool.ref_counts[freed].any()
+        if self.tables.prefix is not None:
+            freed = freed[~self.tables.prefix.held[freed]]
         for layer in self.layers:
             layer.pages.reshape(-1, self.tables.page_size)[freed] = POISON
 

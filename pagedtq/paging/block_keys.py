@@ -1,0 +1,161 @@
+"""Keys of blocks: chained hashes of their tokens, and of what else decides their keys and values.
+
+The key of a block is ``H(key of the block before | its tokens | extras)``, the parent of block 0
+being ``H("pagedtq.prefix.1")``; tokens are raw little-endian int32. Extras are there for block 0 of
+a salted sequence and for blocks with an extra key: the salt's length in four little-endian
+bytes, the salt (block 0 only), the extra key. Everything before them has a fixed length, so two
+different inputs never meet in one message. Nothing depends on the process or on `hash`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError, ArgumentTypeError
+from .arguments import Int32, integer, integers
+
+HashName: TypeAlias = Literal["sha256", "blake2b"]
+Hasher: TypeAlias = Callable[[bytes], Any]
+
+#: Bytes of a key made here; keys made elsewhere may have any length.
+KEY_BYTES = 32
+INT32 = np.iinfo(np.int32)
+
+
+class BlockHasher:
+    """Hashes chains of blocks.
+
+    Parameters
+    ----------
+    page_size : int
+        Tokens of a block.
+    algorithm : {"sha256", "blake2b"}
+        The hash; BLAKE2b with 32 bytes.
+
+    Attributes
+    ----------
+    root : bytes
+        The parent of every block 0.
+    """
+
+    def __init__(self, page_size: int, algorithm: HashName = "sha256") -> None:
+        self.page_size = integer("page_size", page_size, 1)
+        self._hash: Hasher
+        if algorithm == "sha256":
+            self._hash = hashlib.sha256
+        elif algorithm == "blake2b":
+            self._hash = _blake2b
+        else:
+            raise ArgumentError(f"hash must be 'sha256' or 'blake2b', got {algorithm!r}")
+        self.root: bytes = self._hash(b"pagedtq.prefix.1").digest()
+
+    def chain(
+        self,
+        tokens: Int32,
+        parent: bytes | None = None,
+        extras: Mapping[int, bytes] | None = None,
+        first_block: int = 0,
+    ) -> list[bytes]:
+        """Return the keys of the whole blocks of some tokens.
+
+        Parameters
+        ----------
+        tokens : int32[n]
+            Tokens from the start of block ``first_block`` on.
+        parent : bytes, optional
+            Key of the block before; the root by default.
+        extras : mapping of block to bytes, optional
+            As `extras_of` returns it.
+        """
+        size, hashed = 4 * self.page_size, self._hash
+        data = np.ascontiguousarray(tokens, "<i4").tobytes()
+        key = self.root if parent is None else parent
+        keys = []
+        stop = len(data) - size + 1
+        if not extras:
+            for at in range(0, stop, size):
+                key = hashed(key + data[at : at + size]).digest()
+                keys.append(key)
+            return keys
+        for block, at in enumerate(range(0, stop, size), first_block):
+            key = hashed(key + data[at : at + size] + extras.get(block, b"")).digest()
+            keys.append(key)
+        return keys
+
+    def next_keys(self, parents: Sequence[bytes | None], tokens: Int32) -> list[bytes]:
+        """Return the key of one further block of several chains; ``tokens`` is int32[n, P]."""
+        hashed, root = self._hash, self.root
+        blocks = np.ascontiguousarray(tokens, "<i4").view(f"V{4 * self.page_size}").ravel()
+        return [
+            hashed((key or root) + block).digest()
+            for key, block in zip(parents, blocks.tolist(), strict=True)
+        ]
+
+
+def extras_of(salt: bytes, extra_keys: Mapping[int, bytes] | None) -> dict[int, bytes]:
+    """Return what salt and extra keys add to the messages of their blocks.
+
+    Parameters
+    ----------
+    salt : bytes
+        Separates tenants: sequences with different salts never share a page.
+    extra_keys : mapping of block to bytes, optional
+        What else decides the keys and values of a block (an adapter, an image), opaque.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If one is not bytes, or a block is no integer.
+    ArgumentError
+        If a block is negative.
+    """
+    if not isinstance(salt, bytes):
+        raise ArgumentTypeError(f"salt must be bytes, got {type(salt).__name__}")
+    extras: dict[int, bytes] = {}
+    if extra_keys is not None:
+        if not isinstance(extra_keys, Mapping):
+            raise ArgumentTypeError(
+                f"extra_keys must map blocks to bytes, got {type(extra_keys).__name__}"
+            )
+        for block, key in extra_keys.items():
+            if not isinstance(key, bytes):
+                raise ArgumentTypeError(
+                    f"the extra key of block {block} must be bytes, got {type(key).__name__}"
+                )
+            extras[integer("the block of an extra key", block, 0)] = bytes(4) + key
+    if salt:
+        plain = extras.get(0, bytes(4))[4:]
+        extras[0] = len(salt).to_bytes(4, "little") + salt + plain
+    return extras
+
+
+def token_array(name: str, tokens: Sequence[int] | npt.NDArray[Any]) -> Int32:
+    """Return token ids as ``int32[n]``.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If one is no integer.
+    ArgumentError
+        If one does not fit int32, or they are not one-dimensional.
+    """
+    if isinstance(tokens, np.ndarray) and tokens.dtype == np.int32 and tokens.ndim == 1:
+        return tokens
+    if isinstance(tokens, np.ndarray) and tokens.dtype == np.uint64:
+        # As int64 the large ones would pass for small negative ones.
+        wide = np.where(tokens > INT32.max, 1 << 62, tokens).astype(np.int64)
+    else:
+        wide = integers(name, tokens)
+    if wide.size and (int(wide.min()) < INT32.min or int(wide.max()) > INT32.max):
+        worst = wide[(wide < INT32.min) | (wide > INT32.max)][0]
+        raise ArgumentError(f"{name} must fit int32, got {worst}")
+    return wide.astype(np.int32)
+
+
+def _blake2b(data: bytes) -> Any:
+    return hashlib.blake2b(data, digest_size=KEY_BYTES)

@@ -1,0 +1,106 @@
+"""The queue of free ids: first in, first out, with removal from the middle.
+
+Order is that of a linked list. The list is an array that is read at its head and written at its
+tail; an id taken from the middle leaves a hole (-1) that later pops step over. When the tail meets
+the end of the array, what is left is moved to its front, without the holes: as the array is twice
+as long as the list can be, a push pays for two moved entries at most.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import IntegrityError
+from .arguments import Int32
+
+#: How far the first look for live entries among holes reaches.
+_FIRST_LOOK = 64
+
+
+class FreeQueue:
+    """Distinct ids ``first .. first + count - 1`` in the order in which they will be taken.
+
+    Callers pass valid ids only: those pushed are absent, those removed are present. All of them
+    are present at first, in ascending order.
+
+    Parameters
+    ----------
+    first, count : int
+        The lowest id, and how many there are.
+    """
+
+    def __init__(self, first: int, count: int) -> None:
+        self._ring = np.full(2 * count + _FIRST_LOOK, -1, np.int32)
+        self._ring[:count] = np.arange(first, first + count, dtype=np.int32)
+        # Where each id lies in the ring; of absent ids, where it was last.
+        self._place = np.zeros(first + count, np.int64)
+        self._place[first:] = np.arange(count)
+        self._head, self._tail = 0, count
+        self._size = count
+
+    def __len__(self) -> int:
+        return self._size
+
+    def pop(self, count: int) -> Int32:
+        """Take ``count`` ids from the head; the queue holds at least as many."""
+        head = self._head
+        if self._size == self._tail - head:
+            ids: Int32 = self._ring[head : head + count].copy()
+            self._head = head + count
+        else:
+            ids = self._pop_over_holes(count)
+        self._size -= count
+        return ids
+
+    def push(self, ids: Int32) -> None:
+        """Append distinct ids at the tail, in the order given."""
+        count = ids.size
+        if self._tail + count > self._ring.size:
+            self._compact()
+        tail = self._tail
+        self._ring[tail : tail + count] = ids
+        self._place[ids] = np.arange(tail, tail + count)
+        self._tail = tail + count
+        self._size += count
+
+    def remove(self, ids: Int32) -> None:
+        """Take distinct ids from wherever they are."""
+        self._ring[self._place[ids]] = -1
+        self._size -= ids.size
+
+    def ids(self) -> Int32:
+        """Return the queue from head to tail."""
+        waiting = self._ring[self._head : self._tail]
+        return waiting[waiting >= 0]
+
+    def check_integrity(self) -> None:
+        """Prove that places and counts are right.
+
+        Raises
+        ------
+        IntegrityError
+        """
+        waiting = self.ids()
+        if waiting.size != self._size:
+            raise IntegrityError(f"{waiting.size} ids are in a free queue that counts {self._size}")
+        if not np.array_equal(self._ring[self._place[waiting]], waiting):
+            raise IntegrityError("the free queue does not know where its ids are")
+
+    def _pop_over_holes(self, count: int) -> Int32:
+        reach = 2 * count + _FIRST_LOOK
+        while True:
+            ahead = self._ring[self._head : min(self._head + reach, self._tail)]
+            live = np.flatnonzero(ahead >= 0)
+            if live.size >= count:
+                break
+            reach *= 4
+        taken: Int32 = ahead[live[:count]]
+        # Holes right behind what was taken go too, so that they are never looked at again.
+        self._head += int(live[count]) if live.size > count else ahead.size
+        return taken
+
+    def _compact(self) -> None:
+        waiting = self.ids()
+        self._ring[: waiting.size] = waiting
+        self._place[waiting] = np.arange(waiting.size)
+        self._head, self._tail = 0, waiting.size

@@ -1,0 +1,138 @@
+"""Operations on one sequence at a time, for callers that schedule request by request.
+
+They work on the same arrays as the batched calls and cost a fraction of a batch of one. They know
+no tokens: what is written is named by keys of the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import ArgumentError, OutOfPages
+from .arguments import MAX_TOKENS, Int32, integer
+from .shared_prefixes import BlockChain, opaque_keys
+from .steps import Steps
+
+
+class OneRow(Steps):
+    """Opening on found pages, growing, and publishing of single sequences."""
+
+    def open_on(self, block_keys: Sequence[bytes], pages: Sequence[int]) -> int:
+        """Open a sequence on pages that were found, and return its id.
+
+        Parameters
+        ----------
+        block_keys : sequence of bytes
+            Keys of its first blocks.
+        pages : sequence of int
+            Pages that hold them, as `PrefixIndex.longest` finds them; they become its own.
+
+        Raises
+        ------
+        ArgumentError
+            If a page does not hold its block.
+        """
+        keys = opaque_keys(block_keys)
+        if len(keys) != len(pages):
+            raise ArgumentError(f"expected one page per key, got {len(keys)} and {len(pages)}")
+        prefix = self.prefix
+        for key, page in zip(keys, pages, strict=True):
+            if prefix is None or not 0 < page < self.pool.num_pages or prefix.key_of(page) != key:
+                raise ArgumentError(f"page {page} does not hold block {key.hex()}")
+        ids, rows = self._new_rows(1)
+        self._adopt(int(rows[0]), BlockChain(keys, opaque=True), list(pages))
+        return int(ids[0])
+
+    def lengthen(self, seq_id: int, length: int) -> list[int]:
+        """Make room in one sequence for positions below ``length``; return its new pages.
+
+        This is `reserve` and `commit` of one sequence; a shorter length changes nothing. Nothing is
+        published, see `publish_keys`.
+
+        Raises
+        ------
+        OutOfPages, OutOfWindowSlots
+            If it does not fit.
+        StepError
+            If a step is open.
+        """
+        if self._step is not None:
+            self._refuse_open_step("lengthen")
+        row = self._row_of(seq_id)
+        if type(length) is not int or not 0 <= length <= MAX_TOKENS:
+            length = integer("length", length, 0, MAX_TOKENS)
+        size = self.page_size
+        old = self._length.item(row)
+        if length <= old:
+            return []
+        first, stop = -(-old // size), -(-length // size)
+        open_page = self._table.item(row, old // size) if old % size else 0
+        if self.window_tokens or (open_page and self.pool.ref_counts.item(open_page) > 1):
+            self.commit(self.reserve(np.array([seq_id]), length - old))
+            taken: list[int] = self._table[row, first:stop].tolist()
+            return taken
+        need = stop - first
+        if need > self.pool.num_free:
+            raise OutOfPages(need, self.pool.num_free, self.pool.num_pages - 1)
+        self.version += 1
+        self._length[row] = length
+        if open_page and self.prefix is not None and self.prefix.key_of(open_page) is not None:
+            self.prefix.forget(np.array([open_page], np.int32))
+        if not need:
+            return []
+        if stop > self._table.shape[1]:
+            self._grow_width(stop)
+        pages = self.pool.acquire(need)
+        self._table[row, first:stop] = pages
+        if self.prefix is not None:
+            self.prefix.forget(pages)
+        new: list[int] = pages.tolist()
+        return new
+
+    def length_of(self, seq_id: int) -> int:
+        """Return the number of tokens of one sequence."""
+        return self._length.item(self._row_of(seq_id))
+
+    def num_published(self, seq_id: int) -> int:
+        """Return how many blocks of a sequence were published or found."""
+        return self._published.item(self._row_of(seq_id))
+
+    def publish_keys(
+        self, seq_id: int, block_keys: Sequence[bytes], token_ids: Int32 | None = None
+    ) -> None:
+        """Publish the next blocks of a sequence that names its own; their bytes are written.
+
+        Parameters
+        ----------
+        seq_id : int
+            A sequence opened with ``block_keys`` or `open_on`.
+        block_keys : sequence of bytes
+            Keys of the blocks behind those published already.
+        token_ids : int32[n], optional
+            Their tokens, for whoever observes the index.
+
+        Raises
+        ------
+        ArgumentError
+            If the sequence names no blocks, has other keys for them, or is too short.
+        """
+        row = self._row_of(seq_id)
+        chain = self._chains.get(row)
+        if chain is None or not chain.opaque:
+            raise ArgumentError(f"sequence {seq_id} was not opened with block_keys")
+        first = self._published.item(row)
+        keys = opaque_keys(block_keys)
+        stop = first + len(keys)
+        if stop * self.page_size > self._length.item(row):
+            raise ArgumentError(
+                f"sequence {seq_id} has {self._length.item(row)} tokens, not {stop} whole blocks"
+            )
+        known = chain.keys[first:stop]
+        if known != keys[: len(known)]:
+            raise ArgumentError(f"sequence {seq_id} was opened with other keys")
+        chain.keys += keys[len(known) :]
+        self._keyed[row] = len(chain.keys) * self.page_size
+        self._published[row] = stop
+        self._publish_blocks(row, first, stop, token_ids)

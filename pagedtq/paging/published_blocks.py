@@ -1,0 +1,190 @@
+"""Publication of blocks: which ones a step completes, and under which keys they are found."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import ArgumentError
+from .arguments import Bools, Int32, Int64, ranges
+from .block_keys import token_array
+from .shared_prefixes import NO_TOKENS, SharedPrefixes, Tokens
+
+
+class StepTokens(NamedTuple):
+    """Token ids of one step: rows of the batch that have them, counts, and the ids."""
+
+    members: Int64
+    counts: Int64
+    tokens: Int32
+
+
+class PublishedBlocks(SharedPrefixes):
+    """What appending, cutting and pruning mean for the blocks that others can find."""
+
+    def _step_tokens(
+        self, rows: Int64, length: Int64, num_new: Int64, token_ids: Tokens | None
+    ) -> StepTokens:
+        """Return the token ids of a step that are known; refuse wrong ones."""
+        announced = np.flatnonzero((self._prompt_end[rows] > length) & (num_new > 0))
+        prompts = [
+            self._chains[row].prompt[at : at + n]
+            for row, at, n in zip(
+                rows[announced].tolist(),
+                length[announced].tolist(),
+                num_new[announced].tolist(),
+                strict=True,
+            )
+        ]
+        if token_ids is None:
+            counts = np.array([prompt.size for prompt in prompts], np.int64)
+            return StepTokens(announced, counts, np.concatenate([*prompts, NO_TOKENS]))
+        tokens = token_array("token_ids", token_ids)
+        if tokens.size != int(num_new.sum()):
+            raise ArgumentError(
+                f"token_ids must have one entry per new token: expected {int(num_new.sum())}, "
+                f"got {tokens.size}"
+            )
+        first = np.cumsum(num_new) - num_new
+        for member, prompt in zip(announced.tolist(), prompts, strict=True):
+            at = int(first[member])
+            if not np.array_equal(tokens[at : at + prompt.size], prompt):
+                raise ArgumentError(
+                    f"sequence {int(self._ids[rows[member]])}: token_ids differ from those it was "
+                    f"opened with, at or behind position {int(length[member])}"
+                )
+        return StepTokens(np.arange(rows.size), num_new, tokens)
+
+    def _note_writes(self, rows: Int64, length: Int64, num_new: Int64, step: StepTokens) -> None:
+        """Let open pages that are written on forget their blocks, and take the new token ids."""
+        assert self.prefix is not None
+        blocks, offsets = np.divmod(length, self.page_size)
+        inside = np.flatnonzero((offsets > 0) & (num_new > 0))
+        self.prefix.forget(self._table[rows[inside], blocks[inside]])
+        members, counts, tokens = step
+        if not tokens.size:
+            return
+        if tokens.size == rows.size == members.size and int(counts.min()) == 1:
+            self._page_tokens[self._table[rows, blocks], offsets] = tokens
+        else:
+            into = np.repeat(members, counts)
+            positions = length[into] + ranges(counts)
+            blocks, offsets = np.divmod(positions, self.page_size)
+            self._page_tokens[self._table[rows[into], blocks], offsets] = tokens
+        into = rows[members]
+        known = self._known[into]
+        self._known[into] = np.where(known == length[members], known + counts, known)
+
+    def _forget(self, pages: Int32) -> None:
+        """Let pages that were just taken forget what they held."""
+        assert self.prefix is not None
+        self.prefix.forget(pages)
+        if self.num_sinks and pages.size:
+            self.windows.release_records(pages)
+
+    def _publish(self, rows: Int64, upto: Int64 | None = None) -> None:
+        """Publish the blocks of rows that are complete, of positions below ``upto`` only."""
+        if self.prefix is None:
+            return
+        coded = self._coded if self.window_tokens else self._length
+        limit = self._known[rows]
+        if self._num_opaque:
+            limit = np.maximum(limit, np.minimum(self._keyed[rows], self._length[rows]))
+        limit = np.minimum(limit, coded[rows])
+        if upto is not None:
+            limit = np.minimum(limit, upto)
+        taint = self._taint[rows]
+        if taint.any():
+            limit = np.where(taint > 0, np.minimum(limit, taint), limit)
+        complete = limit // self.page_size
+        done = self._published[rows]
+        due = np.flatnonzero(complete > done)
+        if due.size == 0:
+            return
+        rows, complete, done = rows[due], complete[due], done[due]
+        self._published[rows] = complete
+        single = self._single_blocks(rows, complete, done)
+        self._publish_next_blocks(rows[single], done[single])
+        for row, first, stop in zip(
+            rows[~single].tolist(), done[~single].tolist(), complete[~single].tolist(), strict=True
+        ):
+            self._publish_blocks(row, first, stop)
+
+    def _single_blocks(self, rows: Int64, complete: Int64, done: Int64) -> Bools:
+        """Tell which rows have one block due, whose key depends on nothing but its tokens."""
+        single: Bools = complete == done + 1
+        chains = self._chains
+        for at in np.flatnonzero(single).tolist():
+            chain, block = chains[int(rows[at])], int(done[at])
+            single[at] = len(chain.keys) == block and block not in chain.extras
+        single &= self._table[rows, done] > 0
+        return single
+
+    def _publish_next_blocks(self, rows: Int64, blocks: Int64) -> None:
+        """Hash and publish one further block of each row, all at once."""
+        assert self.prefix is not None
+        if rows.size == 0:
+            return
+        pages = self._table[rows, blocks]
+        chains = [self._chains[row].keys for row in rows.tolist()]
+        parents = [chain[-1] if chain else None for chain in chains]
+        tokens = self._page_tokens[pages]
+        keys = self._hasher.next_keys(parents, tokens)
+        for chain, key in zip(chains, keys, strict=True):
+            chain.append(key)
+        self.prefix.publish_each(keys, pages, parents, tokens)
+
+    def _publish_blocks(self, row: int, first: int, stop: int, tokens: Int32 | None = None) -> None:
+        """Publish blocks ``[first, stop)`` of one row; extend its chain of keys as needed."""
+        if self.prefix is None:
+            return
+        chain = self._chains[row]
+        have = len(chain.keys)
+        pages = self._table[row, first:stop]
+        if have < stop:
+            fresh = self._table[row, have:stop]
+            if not fresh.all():
+                # A block went before it was published: the chain ends here for good.
+                self._known[row] = have * self.page_size
+                self._published[row] = stop = max(first, have)
+                if stop <= first:
+                    return
+                pages = self._table[row, first:stop]
+            else:
+                parent = chain.keys[-1] if have else None
+                known = self._page_tokens[fresh].ravel()
+                chain.keys += self._hasher.chain(known, parent, chain.extras, have)
+        # Pages that hold their block already were published by a fork; evicted ones are gone.
+        fresh_blocks = np.flatnonzero((pages > 0) & ~self.prefix.held[pages])
+        by_block: Int32 | None = None if chain.opaque else self._page_tokens[pages]
+        if tokens is not None:
+            by_block = tokens.reshape(pages.size, self.page_size)
+        # One run of consecutive blocks per announcement.
+        for run in np.split(fresh_blocks, np.flatnonzero(np.diff(fresh_blocks) > 1) + 1):
+            if run.size:
+                at = first + int(run[0])
+                self.prefix.publish(
+                    chain.keys[at : at + run.size],
+                    pages[run].tolist(),
+                    chain.keys[at - 1] if at else None,
+                    None if by_block is None else by_block[run].ravel(),
+                )
+
+    def _taint_rows(self, rows: Int64) -> None:
+        """Note that what these rows append from now on depends on what was pruned."""
+        taint = self._taint[rows]
+        self._taint[rows] = np.where(taint > 0, taint, self._length[rows])
+
+    def _cut(self, rows: Int64, lengths: Int64) -> Int32:
+        freed = super()._cut(rows, lengths)
+        self._known[rows] = np.minimum(self._known[rows], lengths)
+        self._published[rows] = np.minimum(self._published[rows], lengths // self.page_size)
+        taint = self._taint[rows]
+        if taint.any():
+            # What follows a cut below the taint is computed on a pruned prefix too, unless nothing
+            # is missing or hidden any more.
+            whole = (self._evicted[rows] == 0) & (self._start[rows] <= self._keep[rows])
+            cleared = whole & (lengths <= taint)
+            self._taint[rows] = np.where(cleared, 0, np.minimum(taint, lengths))
+        return freed

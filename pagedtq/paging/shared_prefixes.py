@@ -1,0 +1,293 @@
+"""Sharing of pages between sequences that begin with the same tokens.
+
+A sequence opened with tokens (or with the keys of its blocks) begins with the pages that hold its
+first blocks already. What it computes itself is published when a step commits, after the bytes are
+written; so nothing is found in the step that writes it. A block is published if
+
+* its tokens are known, and all its codes are in its page;
+* none of its positions was computed after a part of its sequence was evicted or hidden: such keys
+  and values depend on what was left out (the *taint* rule).
+
+Pages keep their block when their last owner goes and lose it when they are taken again, or when a
+sequence that was cut inside them writes on. Token ids are kept by page: forks share them, copies
+copy them, truncation finds them again, and no prefix is ever hashed twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError, ArgumentTypeError
+from .arguments import Int32, Int64
+from .block_keys import BlockHasher, HashName, extras_of, token_array
+from .prefix_index import PrefixIndex
+from .table_views import TableViews
+
+Tokens = Sequence[int] | npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class SharingOptions:
+    """How prefixes are shared.
+
+    Parameters
+    ----------
+    algorithm : {"sha256", "blake2b"}
+        Hash of the blocks' tokens.
+    leave_last : bool
+        Never find the whole of a prompt: at least its last token is computed again, so that there
+        is a query to begin with.
+    verify_tokens : bool
+        Compare the tokens of every block that is found with those wanted.
+    """
+
+    algorithm: HashName = "sha256"
+    leave_last: bool = True
+    verify_tokens: bool = False
+
+
+@dataclass(slots=True)
+class BlockChain:
+    """What is known of one sequence's blocks.
+
+    Attributes
+    ----------
+    keys : list of bytes
+        Keys of the leading blocks, possibly of more than there are yet.
+    extras : dict of block to bytes
+        What salt and extra keys add to the hashes.
+    prompt : int32[n]
+        Tokens announced when the sequence was opened.
+    opaque : bool
+        Whether the caller makes the keys.
+    """
+
+    keys: list[bytes]
+    extras: dict[int, bytes] = field(default_factory=dict)
+    prompt: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
+    opaque: bool = False
+
+    def copy(self) -> BlockChain:
+        """Return a chain that grows on its own."""
+        return BlockChain(list(self.keys), self.extras, self.prompt, self.opaque)
+
+
+class SharedPrefixes(TableViews):
+    """Tables whose sequences find and publish pages; see the module.
+
+    Row fields: positions ``[0, known)`` have their token ids in their pages, -1 for a row that is
+    opened without; ``[0, prompt_end)`` were announced; ``[0, keyed)`` have keys made by the caller;
+    ``published`` blocks were offered to the index; positions from ``taint`` on are tainted, 0 for
+    none.
+    """
+
+    def __init__(
+        self,
+        page_size: int,
+        num_pages: int,
+        window_tokens: int = 0,
+        num_sinks: int = 0,
+        num_window_slots: int = 0,
+        sharing: SharingOptions | None = None,
+    ) -> None:
+        super().__init__(page_size, num_pages, window_tokens, num_sinks, num_window_slots)
+        self.sharing = sharing
+        self.prefix = None if sharing is None else PrefixIndex(num_pages)
+        self._hasher = BlockHasher(page_size, sharing.algorithm if sharing else "sha256")
+        # Token ids of each page; only rows of pages whose tokens are known mean anything.
+        self._page_tokens = np.zeros((num_pages if sharing else 0, page_size), np.int32)
+        self._chains: dict[int, BlockChain] = {}
+        self._num_opaque = 0
+
+    @property
+    def num_cached_pages(self) -> int:
+        """Pages without an owner that hold a block: free, and found again until they are taken."""
+        if self.prefix is None:
+            return 0
+        return int(np.count_nonzero(self.prefix.held & (self.pool.ref_counts == 0)))
+
+    def keys_of(self, seq_id: int) -> tuple[bytes, ...]:
+        """Return the keys known of a sequence's leading blocks; empty if it is never shared."""
+        chain = self._chains.get(self._row_of(seq_id))
+        return () if chain is None else tuple(chain.keys)
+
+    def num_shared_tokens(
+        self,
+        token_ids: Tokens,
+        *,
+        salt: bytes = b"",
+        extra_keys: Mapping[int, bytes] | None = None,
+    ) -> int:
+        """Return how many leading tokens `open` would find now; changes nothing."""
+        tokens = token_array("token_ids", token_ids)
+        keys = self._hasher.chain(tokens, extras=extras_of(salt, extra_keys))
+        return len(self._found(keys, tokens.size, tokens)) * self.page_size
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every block if no page has an owner; return whether that was so."""
+        if self.pool.num_used:
+            return False
+        if self.prefix is not None:
+            self.windows.release_records(self.windows.resting_pages)
+            self.prefix.clear()
+        return True
+
+    def forget_blocks(self, pages: Tokens) -> int:
+        """Let pages be found no longer, whoever owns them; return how many held a block.
+
+        Raises
+        ------
+        ArgumentError
+            If a page is the null page or out of range.
+        """
+        array = token_array("pages", pages)
+        if array.size and not 0 < int(array.min()) <= int(array.max()) < self.pool.num_pages:
+            raise ArgumentError(f"pages must be in [1, {self.pool.num_pages - 1}]")
+        if self.prefix is None:
+            return 0
+        before = self.prefix.num_pages_held
+        array = np.unique(array)
+        self.prefix.forget(array)
+        self.windows.release_records(array[self.pool.ref_counts[array] == 0])
+        return before - self.prefix.num_pages_held
+
+    def extend_keys(self, seq_id: int, block_keys: Sequence[bytes]) -> None:
+        """Name further blocks of a sequence that was opened with ``block_keys``.
+
+        Raises
+        ------
+        ArgumentError
+            If the sequence was not opened so.
+        """
+        row = self._row_of(seq_id)
+        chain = self._chains.get(row)
+        if chain is None or not chain.opaque:
+            raise ArgumentError(f"sequence {seq_id} was not opened with block_keys")
+        chain.keys += opaque_keys(block_keys)
+        self._keyed[row] = len(chain.keys) * self.page_size
+
+    # -- opening -----------------------------------------------------------------------------
+
+    def _chain_of(
+        self,
+        token_ids: Tokens | None,
+        salt: bytes,
+        extra_keys: Mapping[int, bytes] | None,
+        block_keys: Sequence[bytes] | None,
+    ) -> BlockChain | None:
+        """Check what a sequence is opened with; None for one that is never shared."""
+        if token_ids is not None and block_keys is not None:
+            raise ArgumentError("a sequence is opened with token_ids or block_keys, not with both")
+        extras = extras_of(salt, extra_keys)
+        if block_keys is not None:
+            if extras:
+                raise ArgumentError("salt and extra_keys belong to token_ids, not to block_keys")
+            return BlockChain(opaque_keys(block_keys), opaque=True)
+        if token_ids is None:
+            if extras:
+                raise ArgumentError("salt and extra_keys need token_ids; pass [] without a prompt")
+            return None
+        tokens = token_array("token_ids", token_ids).copy()
+        keys = self._hasher.chain(tokens, extras=extras) if self.prefix is not None else []
+        return BlockChain(keys, extras, tokens)
+
+    def _found(self, keys: list[bytes], num_tokens: int, tokens: Int32 | None) -> list[int]:
+        """Return the pages of the leading blocks that can be shared."""
+        if self.prefix is None or self.sharing is None:
+            return []
+        wanted = num_tokens - 1 if self.sharing.leave_last else num_tokens
+        pages = self.prefix.longest(keys[: max(wanted, 0) // self.page_size])
+        if pages and tokens is not None and self.sharing.verify_tokens:
+            expected = tokens[: len(pages) * self.page_size].reshape(len(pages), -1)
+            same = (self._page_tokens[pages] == expected).all(axis=1)
+            if not same.all():
+                pages = pages[: int(np.argmin(same))]
+        return pages
+
+    def _adopt(self, row: int, chain: BlockChain | None, pages: list[int]) -> None:
+        """Begin an empty row with pages that hold its first blocks."""
+        if chain is None:
+            self._known[row] = -1
+            return
+        self._chains[row] = chain
+        self._prompt_end[row] = chain.prompt.size
+        if chain.opaque:
+            self._num_opaque += 1
+            self._known[row] = -1
+            self._keyed[row] = len(chain.keys) * self.page_size
+        if not pages:
+            return
+        self._grow_width(len(pages))
+        found = np.array(pages, np.int32)
+        self.pool.touch(found)
+        self.windows.wake_records(found[:1])
+        self._table[row, : found.size] = found
+        length = found.size * self.page_size
+        self._length[row] = length
+        if not chain.opaque:
+            self._known[row] = length
+        self._published[row] = found.size
+        if self.window_tokens:
+            self._coded[row] = self._ring_start[row] = length
+            if self.windows.sink_record[found[0]] >= 0:
+                # A block that is full has all its sinks, if it has any.
+                self._sinks[row] = self.num_sinks
+
+    # -- ends --------------------------------------------------------------------------------
+
+    def _share_chain(self, row: int, child: int) -> None:
+        """Let a fork's row know the blocks of its parent's."""
+        chain = self._chains.get(row)
+        if chain is not None:
+            self._chains[child] = chain.copy()
+            self._num_opaque += chain.opaque
+
+    def _cut_chain(self, row: int, length: int) -> None:
+        """Forget what was known of positions behind a truncation."""
+        chain = self._chains.get(row)
+        if chain is not None:
+            del chain.keys[length // self.page_size :]
+            self._keyed[row] = min(int(self._keyed[row]), len(chain.keys) * self.page_size)
+            self._prompt_end[row] = min(int(self._prompt_end[row]), length)
+
+    def _recycle_rows(self, rows: Int64) -> None:
+        super()._recycle_rows(rows)
+        if self._chains:
+            for row in rows.tolist():
+                chain = self._chains.pop(row, None)
+                if chain is not None:
+                    self._num_opaque -= chain.opaque
+
+    def _release_pages(self, pages: Int32) -> Int32:
+        if self.prefix is None or not self.num_sinks:
+            return super()._release_pages(pages)
+        freed = self.pool.release(pages)
+        held = self.prefix.held[freed]
+        self.windows.release_records(freed[~held])
+        self.windows.rest_records(freed[held])
+        return freed
+
+
+def opaque_keys(block_keys: Sequence[bytes] | bytes | str) -> list[bytes]:
+    """Return keys made by the caller as a list.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If one is not bytes.
+    """
+    if isinstance(block_keys, bytes | str):
+        raise ArgumentTypeError("block_keys must be a sequence of bytes, got one key")
+    keys = list(block_keys)
+    for key in keys:
+        if not isinstance(key, bytes):
+            raise ArgumentTypeError(f"a block key must be bytes, got {type(key).__name__}")
+    return keys
+
+
+NO_TOKENS: Int32 = np.empty(0, np.int32)

@@ -1,0 +1,292 @@
+"""A block manager with the verbs of vLLM V1's, over the same arrays as the batched calls.
+
+A scheduler that was written against vLLM's manager asks, request by request: which blocks of this
+prompt are here (`get_computed_blocks`), and is there room for so many tokens (`allocate_slots`)?
+Here a request is a row of `PageTables`, so that a scheduler that can do a whole step at once calls
+`tables.reserve` for the same sequences instead. Everything is as in vLLM where its behaviour can be
+seen: the order in which pages are taken, freed and re-used, when a block can be found, and that a
+call that does not fit changes nothing.
+
+Without a data plane there is no later moment at which bytes are known to be written, so blocks are
+published inside `allocate_slots`; ``delay_cache_blocks`` and `cache_blocks` part the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+
+from ..errors import ArgumentError
+from ..paging import PageTables, SharingOptions
+from ..paging.arguments import integer
+from ..paging.block_keys import token_array
+from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog
+from .request import Blocks, Request, checked_count, checked_fraction
+
+NO_BLOCKS = Blocks()
+
+
+class PrefixCacheStats(msgspec.Struct):
+    """Prefix lookups since the last time: requests, tokens asked for, tokens found."""
+
+    requests: int = 0
+    queries: int = 0
+    hits: int = 0
+
+
+class BlockManager:
+    """Gives pages to requests; see the module.
+
+    Parameters
+    ----------
+    num_blocks : int
+        Pages, the null page 0 included.
+    block_size : int
+        Tokens of a page.
+    enable_caching : bool
+        Let requests begin with blocks of others.
+    max_model_len : int, optional
+        No request gets room for more tokens.
+    watermark : float
+        Part of all pages that must stay free when a request that holds nothing is admitted beside
+        others.
+    enable_events : bool
+        Collect events for `take_events`.
+    log_stats : bool
+        Count lookups for `make_prefix_cache_stats`.
+    tables : PageTables, optional
+        Tables to work on instead of new ones: without a window, with ``sharing`` if caching is on.
+
+    Attributes
+    ----------
+    tables : PageTables
+        The rows of the requests; `sequence_of` gives their ids.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_caching: bool = True,
+        max_model_len: int | None = None,
+        watermark: float = 0.0,
+        enable_events: bool = False,
+        log_stats: bool = False,
+        tables: PageTables | None = None,
+    ) -> None:
+        if tables is None:
+            sharing = SharingOptions() if enable_caching else None
+            tables = PageTables(block_size, num_blocks, sharing=sharing)
+        if tables.window_tokens or (enable_caching and tables.prefix is None):
+            raise ArgumentError(
+                "tables of a block manager have no exact window, and sharing if caching is on"
+            )
+        if (tables.page_size, tables.pool.num_pages) != (block_size, num_blocks):
+            raise ArgumentError(
+                f"tables have {tables.pool.num_pages} pages of {tables.page_size} tokens, "
+                f"expected {num_blocks} of {block_size}"
+            )
+        self.tables = tables
+        self.block_size, self.enable_caching = block_size, enable_caching
+        self.max_model_len = (
+            None if max_model_len is None else integer("max_model_len", max_model_len, 1)
+        )
+        self.watermark_blocks = int(checked_fraction("watermark", watermark) * num_blocks)
+        self._stats = PrefixCacheStats() if log_stats and enable_caching else None
+        self._log: EventLog | None = None
+        if enable_events and tables.prefix is not None:
+            self._log = tables.prefix.observer = EventLog(block_size)
+        self._sequences: dict[str, int] = {}
+
+    # -- looking -----------------------------------------------------------------------------
+
+    @property
+    def usage(self) -> float:
+        """Part of the pages that have an owner, 0 to 1."""
+        return 1.0 - self.tables.pool.num_free / (self.tables.pool.num_pages - 1)
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Pages without an owner, those that can be found included."""
+        return self.tables.pool.num_free
+
+    def sequence_of(self, request_id: str) -> int | None:
+        """Return the sequence of a request in `tables`, None if it holds nothing."""
+        return self._sequences.get(request_id)
+
+    def get_block_ids(self, request_id: str) -> tuple[list[int]]:
+        """Return the pages of a request by cache group; none if it holds nothing."""
+        seq_id = self._sequences.get(request_id)
+        if seq_id is None:
+            return ([],)
+        pages: list[int] = self.tables.block_table(np.array([seq_id]))[0].tolist()
+        return (pages,)
+
+    def get_blocks(self, request_id: str) -> Blocks:
+        """Return the blocks of a request; none if it holds nothing."""
+        return Blocks(self.get_block_ids(request_id)[0])
+
+    def get_num_common_prefix_blocks(self, request_id: str) -> list[int]:
+        """Return how many leading pages of a request every request holds, by cache group."""
+        pages = self.get_block_ids(request_id)[0]
+        everyone = self.tables.pool.ref_counts[pages] == len(self._sequences)
+        return [len(pages) if everyone.all() else int(np.argmin(everyone))]
+
+    def make_prefix_cache_stats(self) -> PrefixCacheStats | None:
+        """Return the lookups since the last call; None if they are not counted."""
+        if self._stats is None:
+            return None
+        stats, self._stats = self._stats, PrefixCacheStats()
+        return stats
+
+    def take_events(self) -> list[BlockStored | BlockRemoved | AllBlocksCleared]:
+        """Return the events since the last call."""
+        return [] if self._log is None else self._log.take()
+
+    def get_computed_blocks(self, request: Request) -> tuple[Blocks, int]:
+        """Return the blocks of a request that are here, and how many tokens they hold.
+
+        The last token is never among them. Nothing is taken: the pages can still be re-used until
+        `allocate_slots` gets them.
+        """
+        prefix = self.tables.prefix
+        if not self.enable_caching or prefix is None:
+            return NO_BLOCKS, 0
+        if getattr(request, "skip_reading_prefix_cache", False):
+            return NO_BLOCKS, 0
+        most = max(request.num_tokens - 1, 0) // self.block_size
+        pages = prefix.longest(request.block_hashes[:most])
+        found = len(pages) * self.block_size
+        if self._stats is not None:
+            self._stats.requests += 1
+            self._stats.queries += request.num_tokens
+            self._stats.hits += found
+        return Blocks(pages), found
+
+    # -- taking ------------------------------------------------------------------------------
+
+    def allocate_slots(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        new_computed_blocks: Blocks | None = None,
+        num_lookahead_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+        delay_cache_blocks: bool = False,
+        *,
+        full_sequence_must_fit: bool = False,
+        reserved_blocks: int = 0,
+        has_scheduled_reqs: bool = True,
+    ) -> Blocks | None:
+        """Make room for a request's next tokens.
+
+        Parameters
+        ----------
+        request : Request
+            The request.
+        num_new_tokens : int
+            Tokens to compute now.
+        num_new_computed_tokens, new_computed_blocks
+            What `get_computed_blocks` returned, for a request that holds nothing yet.
+        num_lookahead_tokens : int
+            Room behind them, for drafts.
+        num_external_computed_tokens : int
+            Tokens behind those found that come from elsewhere.
+        delay_cache_blocks : bool
+            Publish nothing yet; `cache_blocks` does.
+        full_sequence_must_fit : bool
+            Refuse unless all tokens of the request fit now.
+        reserved_blocks : int
+            Free pages that count as taken.
+        has_scheduled_reqs : bool
+            Whether others run; only then does the watermark hold for a new request.
+
+        Returns
+        -------
+        Blocks or None
+            The new blocks; None, with nothing changed, if they do not fit.
+
+        Raises
+        ------
+        ArgumentError
+            If there is nothing to make room for, or blocks are given to a request that has some.
+        """
+        new = checked_count("num_new_tokens", num_new_tokens)
+        found = checked_count("num_new_computed_tokens", num_new_computed_tokens)
+        lookahead = checked_count("num_lookahead_tokens", num_lookahead_tokens)
+        external = checked_count("num_external_computed_tokens", num_external_computed_tokens)
+        if new + external == 0:
+            raise ArgumentError(f"request {request.request_id}: no token to allocate slots for")
+        size, tables = self.block_size, self.tables
+        pages = () if new_computed_blocks is None else new_computed_blocks.page_ids
+        seq_id = self._sequences.get(request.request_id)
+        if seq_id is None:
+            held = len(pages)
+        else:
+            if pages:
+                raise ArgumentError(f"request {request.request_id} holds blocks already")
+            held = -(-tables.length_of(seq_id) // size)
+        computed = request.num_computed_tokens + found + external
+        target = computed + new + lookahead
+        total = request.num_tokens
+        if self.max_model_len is not None:
+            target, total = min(target, self.max_model_len), min(total, self.max_model_len)
+        need = -(-target // size) - held
+        if full_sequence_must_fit:
+            need = max(need, -(-total // size) - held)
+        # Most steps of a running request stay inside its last page: nothing to check then.
+        if need > 0 or pages:
+            need = max(need, 0)
+            if pages:
+                need += int(np.count_nonzero(tables.pool.ref_counts[np.array(pages)] == 0))
+            if seq_id is None and has_scheduled_reqs:
+                need += self.watermark_blocks
+            if need > tables.pool.num_free - checked_count("reserved_blocks", reserved_blocks):
+                return None
+        if seq_id is None:
+            seq_id = tables.open_on(request.block_hashes[: len(pages)], pages)
+            self._sequences[request.request_id] = seq_id
+        taken = tables.lengthen(seq_id, target)
+        if self.enable_caching and not delay_cache_blocks:
+            # Drafts are not among the request's tokens yet.
+            self._publish(seq_id, request, min(computed + new, request.num_tokens))
+        return Blocks(taken) if taken else NO_BLOCKS
+
+    def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
+        """Publish the whole blocks among the first so many tokens of a request."""
+        seq_id = self._sequences.get(request.request_id)
+        if self.enable_caching and seq_id is not None:
+            self._publish(
+                seq_id, request, checked_count("num_computed_tokens", num_computed_tokens)
+            )
+
+    # -- giving back -------------------------------------------------------------------------
+
+    def free(self, request: Request) -> None:
+        """Take all pages from a request, the last block's first; fine if it holds nothing."""
+        seq_id = self._sequences.pop(request.request_id, None)
+        if seq_id is not None:
+            self.tables.close(seq_id)
+
+    def evict_blocks(self, block_ids: Iterable[int]) -> None:
+        """Let pages be found no longer; their owners keep them."""
+        self.tables.forget_blocks(np.array(sorted(block_ids), np.int64))
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every block, unless a request holds pages; return whether it was done."""
+        return self.tables.reset_prefix_cache()
+
+    def _publish(self, seq_id: int, request: Request, num_tokens: int) -> None:
+        count = num_tokens // self.block_size
+        done = self.tables.num_published(seq_id)
+        if count <= done:
+            return
+        tokens = None
+        if self._log is not None:
+            size = self.block_size
+            tokens = token_array("all_token_ids", request.all_token_ids[done * size : count * size])
+        self.tables.publish_keys(seq_id, request.block_hashes[done:count], tokens)

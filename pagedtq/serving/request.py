@@ -1,0 +1,164 @@
+"""Requests as a block manager sees them, and the blocks it gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError
+from ..paging.arguments import Int32, integer
+from ..paging.block_keys import BlockHasher, extras_of, token_array
+
+
+class Request(Protocol):
+    """What the manager reads of a request; the names are vLLM's, so that its requests do.
+
+    ``all_token_ids`` is read only when events are on, ``skip_reading_prefix_cache`` only if the
+    request has it.
+    """
+
+    @property
+    def request_id(self) -> str:
+        """The request's name."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: the prompt and what was generated and accepted."""
+        ...
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Leading tokens whose keys and values are in the cache."""
+        ...
+
+    @property
+    def block_hashes(self) -> Sequence[bytes]:
+        """Keys of the whole blocks of the tokens known."""
+        ...
+
+    @property
+    def all_token_ids(self) -> Sequence[int] | npt.NDArray[Any]:
+        """The tokens known."""
+        ...
+
+
+class ServedRequest:
+    """A request that hashes its own blocks, each once.
+
+    Parameters
+    ----------
+    request_id : str
+        Its name.
+    token_ids : sequence of int
+        The prompt.
+    hasher : BlockHasher
+        Makes the keys; its page size must be the manager's.
+    salt, extra_keys
+        As in `PageTables.open`.
+    skip_reading_prefix_cache : bool
+        Compute everything, but publish it.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        token_ids: Sequence[int] | npt.NDArray[Any],
+        hasher: BlockHasher,
+        *,
+        salt: bytes = b"",
+        extra_keys: Mapping[int, bytes] | None = None,
+        skip_reading_prefix_cache: bool = False,
+    ) -> None:
+        self.request_id = request_id
+        self.num_computed_tokens = 0
+        self.skip_reading_prefix_cache = skip_reading_prefix_cache
+        self._hasher, self._extras = hasher, extras_of(salt, extra_keys)
+        self._tokens = np.empty(0, np.int32)
+        self.num_tokens = 0
+        self.block_hashes: list[bytes] = []
+        self.append(token_ids)
+
+    @property
+    def all_token_ids(self) -> Int32:
+        """The tokens known, ``int32[num_tokens]``."""
+        return self._tokens[: self.num_tokens]
+
+    def append(self, token_ids: Sequence[int] | npt.NDArray[Any]) -> None:
+        """Add tokens; hash the blocks that they complete.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            If they are no tokens.
+        """
+        new = token_array("token_ids", token_ids)
+        total = self.num_tokens + new.size
+        if total > self._tokens.size:
+            grown = np.empty(max(2 * self._tokens.size, total), np.int32)
+            grown[: self.num_tokens] = self.all_token_ids
+            self._tokens = grown
+        self._tokens[self.num_tokens : total] = new
+        self.num_tokens = total
+        keys = self.block_hashes
+        done = len(keys)
+        if total // self._hasher.page_size > done:
+            keys += self._hasher.chain(
+                self._tokens[done * self._hasher.page_size : total],
+                keys[-1] if keys else None,
+                self._extras,
+                done,
+            )
+
+
+class Blocks:
+    """Page ids of consecutive blocks, with the verbs of vLLM's block lists (one cache group)."""
+
+    __slots__ = ("page_ids",)
+
+    def __init__(self, page_ids: Sequence[int] = ()) -> None:
+        self.page_ids = page_ids
+
+    @property
+    def blocks(self) -> tuple[list[int]]:
+        """The page ids by cache group."""
+        return (list(self.page_ids),)
+
+    def get_block_ids(self, allow_none: bool = False) -> tuple[list[int]] | None:
+        """Return the page ids by cache group; None without any, if that is allowed."""
+        return None if allow_none and not self.page_ids else (list(self.page_ids),)
+
+    def __len__(self) -> int:
+        return len(self.page_ids)
+
+    def __add__(self, other: Blocks) -> Blocks:
+        return Blocks([*self.page_ids, *other.page_ids])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Blocks) and list(self.page_ids) == list(other.page_ids)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Blocks({list(self.page_ids)})"
+
+
+def checked_fraction(name: str, value: float) -> float:
+    """Return a fraction in ``[0, 1)``.
+
+    Raises
+    ------
+    ArgumentError
+        If it is not.
+    """
+    if not 0.0 <= value < 1.0:
+        raise ArgumentError(f"{name} must be in [0, 1), got {value}")
+    return value
+
+
+def checked_count(name: str, value: int) -> int:
+    """Return a count of tokens or pages that is not negative."""
+    return value if type(value) is int and value >= 0 else integer(name, value, 0)

@@ -1,0 +1,153 @@
+"""A rule-based state machine over every operation with prefix sharing on."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sharing_model import SALTS, SharingCache
+
+INDEX = st.integers(0, 1 << 16)
+
+
+def machine_for(page_size, window, num_sinks, algorithm, totals):
+    chunks = st.sampled_from([0, 1, 1, 2, page_size, page_size + 1, 3 * page_size + 1])
+
+    class Machine(RuleBasedStateMachine):
+        def __init__(self):
+            super().__init__()
+            slots = 3 if window else 0
+            self.cache = SharingCache(
+                page_size,
+                28,
+                window,
+                num_sinks,
+                slots,
+                algorithm=algorithm,
+                verify_tokens=page_size == 4,
+            )
+
+        def pick(self, index):
+            ids = list(self.cache.model)
+            return ids[index % len(ids)]
+
+        def some_open(self):
+            return bool(self.cache.model)
+
+        @precondition(lambda self: len(self.cache.model) < 6)
+        @rule(
+            length=st.sampled_from([5 * page_size, 3 * page_size + 1, 2 * page_size, 1, 0]),
+            strange=st.sampled_from([None, None, None, 0, page_size, 2 * page_size - 1]),
+            salt=st.sampled_from(SALTS),
+            chunk=st.one_of(st.none(), chunks),
+        )
+        def open(self, length, strange, salt, chunk):
+            prompt = [at % 3 for at in range(length)]
+            if strange is not None and strange < length:
+                prompt[strange] = 9
+            seq_id = self.cache.open_with(prompt, salt)
+            if chunk is None:
+                chunk = length - len(self.cache.model[seq_id].tokens)
+            self.cache.append({seq_id: chunk})
+
+        @precondition(lambda self: len(self.cache.model) < 6)
+        @rule(chunk=chunks)
+        def open_without_tokens(self, chunk):
+            self.cache.append({self.cache.open_with(None): chunk})
+
+        @precondition(some_open)
+        @rule(
+            members=st.lists(st.tuples(INDEX, chunks), min_size=1, max_size=6),
+            abort=st.sampled_from([False, False, True]),
+        )
+        def append(self, members, abort):
+            self.cache.append({self.pick(i): chunk for i, chunk in members}, abort)
+
+        @precondition(lambda self: self.cache.model and len(self.cache.model) < 7)
+        @rule(index=INDEX)
+        def fork(self, index):
+            self.cache.fork(self.pick(index))
+
+        @precondition(some_open)
+        @rule(index=INDEX, length=INDEX)
+        def truncate(self, index, length):
+            seq_id = self.pick(index)
+            self.cache.truncate(seq_id, length % (len(self.cache.model[seq_id].tokens) + 1))
+
+        @precondition(some_open)
+        @rule(index=INDEX, picks=st.lists(INDEX, min_size=1, max_size=2))
+        def evict(self, index, picks):
+            seq_id = self.pick(index)
+            blocks = self.cache.evictable(seq_id)
+            self.cache.evict(seq_id, sorted({blocks[i % len(blocks)] for i in picks if blocks}))
+
+        @precondition(some_open)
+        @rule(index=INDEX, first=st.integers(0, page_size), last=st.integers(0, 3 * page_size))
+        def keep_first_last(self, index, first, last):
+            self.cache.keep_first_last(self.pick(index), first, last)
+
+        @precondition(some_open)
+        @rule(picks=st.lists(INDEX, min_size=1, max_size=3))
+        def close(self, picks):
+            self.cache.close(sorted({self.pick(i) for i in picks}))
+
+        @rule(page=st.integers(1, 27))
+        def forget(self, page):
+            held = bool(self.cache.tables.prefix.held[page])
+            assert self.cache.tables.forget_blocks([page]) == held
+
+        @precondition(lambda self: not self.cache.model)
+        @rule()
+        def reset(self):
+            unused = self.cache.tables.pool.num_used == 0
+            assert self.cache.tables.reset_prefix_cache() is unused
+
+        @invariant()
+        def every_position_reads_its_own_context(self):
+            self.cache.check()
+
+        def teardown(self):
+            totals.append(self.cache.hits)
+            self.cache.close(list(self.cache.model))
+            self.cache.check()
+            assert self.cache.tables.pool.num_used == 0
+            assert self.cache.tables.windows.num_used == 0
+            assert self.cache.tables.reset_prefix_cache()
+            self.cache.check()
+            assert self.cache.tables.windows.num_records_used == 0
+
+    return Machine
+
+
+@pytest.mark.parametrize(
+    ("page_size", "window", "num_sinks", "algorithm"),
+    [
+        (4, 0, 0, "sha256"),
+        (4, 4, 2, "blake2b"),
+        (4, 8, 4, "sha256"),
+        (16, 16, 4, "sha256"),
+        (16, 0, 0, "blake2b"),
+    ],
+)
+def test_no_operation_shares_what_was_computed_in_another_context(
+    page_size, window, num_sinks, algorithm
+):
+    totals = []
+    run_state_machine_as_test(
+        machine_for(page_size, window, num_sinks, algorithm, totals),
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=40,
+            derandomize=True,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert sum(totals) > page_size, "hardly anything was shared: the machine proves little"
