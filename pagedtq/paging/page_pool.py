@@ -95,11 +95,9 @@ class CountedPool:
             If fewer are free.
         """
         count = integer("count", count, 0)
-        if count > self._free:
-            raise self.exhausted(count, self._free, self._count)
-        places = (self._head + np.arange(count)) % max(self._count, 1)
-        ids: Int32 = self._queue[places]
-        return ids
+        if count > len(self._queue):
+            raise self.exhausted(count, len(self._queue), self._count)
+        return self._queue.ids()[:count]
 
     def retain(self, ids: Integers) -> None:
         """Add one owner to each id; one that is given twice gets two.
