@@ -235,12 +235,14 @@ class ShadowedCache(PagedKVCache):
         soft_cap: float | None = None,
         sink_logits: Array | None = None,
         window_left: int | None = None,
+        alibi_slopes: object = None,
     ) -> tuple[Array, Array]:
         """Attend, and compare with exact attention where there are shadows."""
         options: dict[str, Any] = {
             "soft_cap": soft_cap,
             "sink_logits": sink_logits,
             "window_left": window_left,
+            "alibi_slopes": alibi_slopes,
         }
         out, lse = super().attend(
             layer, queries, seq_ids, q_lens, sm_scale, keys, values, **options
