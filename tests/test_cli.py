@@ -204,7 +204,7 @@ def test_wrong_usage_is_one_line_on_stderr_and_code_2(cli, tmp_path, command, pr
 
 def test_help_and_version_work(cli):
     assert cli("--version") == (0, f"pagedtq {__version__}\n", "")
-    for command in ("simulate", "plan", "info", "selftest"):
+    for command in ("simulate", "plan", "inspect", "convert", "info", "selftest"):
         code, out, _ = cli(f"{command} --help")
         assert code == 0
         assert "--json" in out

@@ -45,7 +45,9 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     fp16_bytes, fp32_bytes : int
         The resident tokens of all sequences, uncompressed, without any pages.
     compression_vs_fp16 : float
-        ``fp16_bytes`` over the bytes used; 0.0 when nothing is held.
+        ``fp16_bytes`` over the bytes used, shadows included; 0.0 when nothing is held.
+    shadow_bytes, shadow_used_bytes : int
+        Exact copies that are kept beside the cache for comparison: allocated, and held.
     """
 
     pool_bytes: int
@@ -58,6 +60,8 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     fp16_bytes: int
     fp32_bytes: int
     compression_vs_fp16: float
+    shadow_bytes: int = 0
+    shadow_used_bytes: int = 0
 
 
 def cache_stats(tables: PageTables) -> CacheStats:

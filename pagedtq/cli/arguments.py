@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,17 @@ def format_list(text: str) -> list[Format]:
     if len(set(names)) != len(names):
         raise ArgumentError(f"a format appears twice in {text!r}")
     return [Format.parse(name) for name in names]
+
+
+@contextmanager
+def operating_system_errors() -> Iterator[None]:
+    """Turn a file that cannot be read or written into a typed error with its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise ArgumentError(f"cannot use {error.filename}: {error.strerror}") from error
 
 
 def positive_int(text: str) -> int:

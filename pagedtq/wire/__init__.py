@@ -1,7 +1,7 @@
 """One format for pages, sequences and whole caches: snapshots in files, transfers in chunks."""
 
 from .inspection import SequenceReport, SnapshotReport, inspect_file
-from .snapshot import load_cache, save_cache
+from .snapshot import load_cache, read_config, save_cache
 from .tensors import save_tensors
 from .transfer import export_pages, export_sequence, import_pages, import_sequence
 
@@ -14,6 +14,7 @@ __all__ = [
     "import_sequence",
     "inspect_file",
     "load_cache",
+    "read_config",
     "save_cache",
     "save_tensors",
 ]

@@ -115,6 +115,20 @@ def load_cache(
     return cache
 
 
+def read_config(path: AnyPath) -> CacheConfig:
+    """Return the configuration of the cache a file came from; pages and windows are not read.
+
+    Raises
+    ------
+    WireError
+        If header or metadata are broken.
+    OSError
+        If the file cannot be read.
+    """
+    source, header = open_mapped(path)
+    return read_metadata(source, header)[0].config
+
+
 def open_mapped(path: AnyPath) -> tuple[MappedSource, Header]:
     """Map a file and read its header; the source stands behind it.
 

@@ -1,0 +1,331 @@
+"""A cache that keeps exact copies of some sequences, and compares what it reads with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.host_score import Scores
+from ..cache import MemoryReport, PagedKVCache
+from ..config import CacheConfig, Dtype, Exact
+from ..errors import ArgumentError, CapacityError
+from ..paging.eviction import EvictionPolicy
+from ..paging.step_plan import StepPlan
+from .quantiles import ErrorQuantiles, LogHistogram
+
+Array = npt.NDArray[Any]
+SeqIds = int | Sequence[int] | Array
+
+_METRICS = ("output", "lse", "logit")
+
+
+class LayerErrors(msgspec.Struct, frozen=True, kw_only=True):
+    """Errors of one layer, or of all of them.
+
+    Attributes
+    ----------
+    layer : int or None
+        The layer; None for all.
+    output : ErrorQuantiles
+        ``|out - exact| / |exact|`` (L2 over ``head_dim``) per query token and head of `attend`.
+    lse : ErrorQuantiles
+        ``|lse - exact|`` per query token and head of `attend`.
+    logit : ErrorQuantiles
+        ``|q . k - exact| / sqrt(head_dim)`` per head and position of `score`.
+    """
+
+    layer: int | None
+    output: ErrorQuantiles
+    lse: ErrorQuantiles
+    logit: ErrorQuantiles
+
+
+class ShadowReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What the shadows have seen.
+
+    Attributes
+    ----------
+    schema : int
+        Version of this report.
+    fraction : float
+        Share of sequences that get a shadow.
+    opened, shadowed, dropped : int
+        Sequences opened so far (forks too), those with a shadow now, and shadows given up because
+        their pool was full.
+    shadow_bytes : int
+        Memory allocated for shadows.
+    total : LayerErrors
+        All layers together.
+    layers : list of LayerErrors
+        Each layer that has shadows.
+    """
+
+    schema: int
+    fraction: float
+    opened: int
+    shadowed: int
+    dropped: int
+    shadow_bytes: int
+    total: LayerErrors
+    layers: list[LayerErrors]
+
+
+class ShadowedCache(PagedKVCache):
+    """A `PagedKVCache` that keeps exact copies of some sequences in some layers.
+
+    The copies are pages too, of a second cache whose codecs are `Exact`, so forks, truncation,
+    eviction and steps mean the same for them. Results are those of the cache alone; a shadow that
+    finds no page is given up, never the step. Sequences that come by ``import_sequence`` have none.
+
+    Parameters
+    ----------
+    config : CacheConfig
+        As `PagedKVCache`.
+    backend : {"auto", "host"}
+        As `PagedKVCache`.
+    fraction : float
+        Share of the opened sequences that get a shadow; forks of those get one always.
+    layers : sequence of int, optional
+        Layers with shadows, negative ones from the end; all by default.
+    num_shadow_pages : int, optional
+        Pages for shadows; by default the same fraction of the cache's.
+    shadow_seed : int
+        Which sequences are chosen.
+    **options
+        As `PagedKVCache`: ``key_means``, ``accumulate``, ``num_threads``, ``debug``.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        backend: Literal["auto", "host"] = "auto",
+        *,
+        fraction: float = 0.1,
+        layers: Sequence[int] | None = None,
+        num_shadow_pages: int | None = None,
+        shadow_seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if not 0 <= fraction <= 1:
+            raise ArgumentError(f"fraction must be in [0, 1], got {fraction}")
+        count = config.num_layers
+        chosen = list(range(count)) if layers is None else list(layers)
+        if not chosen or any(not -count <= layer < count for layer in chosen):
+            raise ArgumentError(f"layers must be some of [0, {count - 1}], got {chosen}")
+        super().__init__(config, backend, **options)
+        self.fraction = fraction
+        self._places = {layer: i for i, layer in enumerate(sorted({i % count for i in chosen}))}
+        share = 2 + int(fraction * (config.num_pages - 2))
+        exact = Exact(dtype=config.kv_dtype)
+        shadow_config = CacheConfig(
+            num_layers=len(self._places),
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            num_pages=share if num_shadow_pages is None else num_shadow_pages,
+            page_size=config.page_size,
+            keys=exact,
+            values=exact,
+            window=0,
+            kv_dtype=config.kv_dtype,
+        )
+        passed = {name: options[name] for name in ("accumulate", "num_threads") if name in options}
+        self.shadow = PagedKVCache(shadow_config, backend, **passed)
+        self._twins: dict[int, int] = {}
+        self._random = np.random.default_rng(shadow_seed)
+        self._opened = self._dropped = 0
+        self._errors = {
+            (layer, metric): LogHistogram() for layer in self._places for metric in _METRICS
+        }
+        self._chosen = np.zeros(0, np.bool_)
+
+    def open(self) -> int:
+        """Open an empty sequence, with or without a shadow."""
+        seq_id = super().open()
+        self._opened += 1
+        if self._random.random() < self.fraction:
+            self._twins[seq_id] = self.shadow.open()
+        return seq_id
+
+    def close(self, seq_ids: SeqIds) -> None:
+        """Close sequences and their shadows."""
+        super().close(seq_ids)
+        for seq_id in self._ids(seq_ids).tolist():
+            if seq_id in self._twins:
+                self.shadow.close(self._twins.pop(seq_id))
+
+    def fork(self, seq_id: int) -> int:
+        """Fork a sequence and its shadow."""
+        child = super().fork(seq_id)
+        self._opened += 1
+        if seq_id in self._twins:
+            self._twins[child] = self.shadow.fork(self._twins[seq_id])
+        return child
+
+    def truncate(self, seq_id: int, length: int) -> None:
+        """Cut a sequence and its shadow."""
+        super().truncate(seq_id, length)
+        if seq_id in self._twins:
+            self.shadow.truncate(self._twins[seq_id], length)
+
+    def evict(self, seq_id: int, what: EvictionPolicy | Sequence[int] | Array) -> None:
+        """Drop pages of a sequence, and the same blocks of its shadow."""
+        super().evict(seq_id, what)
+        twin = self._twins.get(seq_id)
+        if twin is None:
+            return
+        gone = self.tables.block_table([seq_id])[0] == 0
+        blocks = np.flatnonzero(gone & (self.shadow.tables.block_table([twin])[0] > 0))
+        reads = self.tables.reads([seq_id], overlay=False)
+        boundary = (int(reads.keep[0]), int(reads.start[0]))
+        self.shadow.tables.evict(twin, blocks, boundary)
+
+    def begin_step(
+        self, seq_ids: SeqIds, num_new_tokens: int | Sequence[int] | Array = 1
+    ) -> StepPlan:
+        """Open a step, and one of the shadows of its members."""
+        plan = super().begin_step(seq_ids, num_new_tokens)
+        members = [seq for seq in plan.seq_ids.tolist() if seq in self._twins]
+        counts = dict(zip(plan.seq_ids.tolist(), plan.num_new.tolist()))
+        while True:
+            twins = [self._twins[seq] for seq in members]
+            try:
+                self.shadow.begin_step(
+                    np.array(twins, np.int64), np.array([counts[seq] for seq in members], np.int64)
+                )
+                break
+            except CapacityError:
+                # Watching must not get into the way of what is watched.
+                self.shadow.close(self._twins.pop(members.pop()))
+                self._dropped += 1
+        self._chosen = np.repeat(np.isin(plan.seq_ids, members), plan.num_new)
+        return plan
+
+    def store(self, layer: int, keys: Array, values: Array, dtype: Dtype | None = None) -> None:
+        """Store one layer of the open step, and an exact copy of it."""
+        super().store(layer, keys, values, dtype)
+        if layer in self._places:
+            mine = self._chosen
+            self.shadow.store(self._places[layer], keys[mine], values[mine], dtype)
+
+    def commit(self) -> None:
+        """Close the open step."""
+        super().commit()
+        # A step without tokens may end without a layer stored.
+        self.shadow.commit()
+
+    def abort_step(self) -> None:
+        """Give the open step up."""
+        super().abort_step()
+        self.shadow.abort_step()
+
+    def attend(
+        self,
+        layer: int,
+        queries: Array,
+        seq_ids: SeqIds,
+        q_lens: Sequence[int] | Array | None = None,
+        sm_scale: float | None = None,
+        keys: Array | None = None,
+        values: Array | None = None,
+        *,
+        soft_cap: float | None = None,
+        sink_logits: Array | None = None,
+        window_left: int | None = None,
+        alibi_slopes: object = None,
+    ) -> tuple[Array, Array]:
+        """Attend, and compare with exact attention where there are shadows."""
+        options: dict[str, Any] = {
+            "soft_cap": soft_cap,
+            "sink_logits": sink_logits,
+            "window_left": window_left,
+            "alibi_slopes": alibi_slopes,
+        }
+        out, lse = super().attend(
+            layer, queries, seq_ids, q_lens, sm_scale, keys, values, **options
+        )
+        chosen, twins = self._shadowed(layer, seq_ids)
+        if twins.size:
+            lens = np.ones(chosen.size, np.int64) if q_lens is None else np.asarray(q_lens)
+            mine = np.repeat(chosen, lens)
+            exact, exact_lse = self.shadow.attend(
+                self._places[layer],
+                queries[mine],
+                twins,
+                lens[chosen],
+                sm_scale,
+                None if keys is None else keys[mine],
+                None if values is None else values[mine],
+                **options,
+            )
+            size = np.linalg.norm(exact, axis=-1)
+            error = np.linalg.norm(out[mine] - exact, axis=-1)
+            self._errors[layer, "output"].add(error[size > 0] / size[size > 0])
+            readable = np.isfinite(exact_lse)
+            self._errors[layer, "lse"].add(np.abs(lse[mine][readable] - exact_lse[readable]))
+        return out, lse
+
+    def score(self, layer: int, queries: Array, seq_ids: SeqIds) -> Scores:
+        """Score, and compare with exact scores where there are shadows."""
+        scores = super().score(layer, queries, seq_ids)
+        chosen, twins = self._shadowed(layer, seq_ids)
+        if twins.size:
+            exact = self.shadow.score(self._places[layer], queries[chosen], twins)
+            for index, member in enumerate(np.flatnonzero(chosen).tolist()):
+                error = np.abs(scores.of(member)[0] - exact.of(index)[0])
+                self._errors[layer, "logit"].add(error / np.sqrt(self.config.head_dim))
+        return scores
+
+    def shadow_report(self) -> ShadowReport:
+        """Return the errors seen so far."""
+        total = {metric: LogHistogram() for metric in _METRICS}
+        for (_, metric), histogram in self._errors.items():
+            total[metric].merge(histogram)
+        layers = [
+            _layer_errors(layer, {metric: self._errors[layer, metric] for metric in _METRICS})
+            for layer in self._places
+        ]
+        return ShadowReport(
+            schema=1,
+            fraction=self.fraction,
+            opened=self._opened,
+            shadowed=len(self._twins),
+            dropped=self._dropped,
+            shadow_bytes=self.memory_report().shadow_bytes,
+            total=_layer_errors(None, total),
+            layers=layers,
+        )
+
+    def memory_report(self) -> MemoryReport:
+        """Account for every byte held, the shadows included."""
+        report, shadow = super().memory_report(), self.shadow.memory_report()
+        held = report.pages_used_bytes + report.window_used_bytes + shadow.pages_used_bytes
+        return msgspec.structs.replace(
+            report,
+            shadow_bytes=shadow.pool_bytes + shadow.table_bytes,
+            shadow_used_bytes=shadow.pages_used_bytes,
+            compression_vs_fp16=report.fp16_bytes / held if held else 0.0,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove the invariants of cache and shadows."""
+        super().check_integrity()
+        self.shadow.check_integrity()
+
+    def _shadowed(self, layer: int, seq_ids: SeqIds) -> tuple[Array, Array]:
+        """Return which members of a batch have a shadow in a layer, and the shadows' ids."""
+        ids = self._ids(seq_ids).tolist()
+        if layer % self.config.num_layers not in self._places:
+            ids = []
+        found = [seq in self._twins for seq in ids]
+        twins = [self._twins[seq] for seq in ids if seq in self._twins]
+        return np.array(found, np.bool_), np.array(twins, np.int64)
+
+
+def _layer_errors(layer: int | None, histograms: dict[str, LogHistogram]) -> LayerErrors:
+    return LayerErrors(
+        layer=layer, **{name: histogram.summary() for name, histogram in histograms.items()}
+    )
