@@ -49,7 +49,7 @@ def kind_of(array: npt.NDArray[Any], name: str, dtype: Dtype | None) -> Dtype:
     ------
     ArgumentTypeError
         If the array is of another type, or not of the declared one. bfloat16 bits are never
-        guessed from a uint16 array.
+        guessed from a uint16 array. Bytes must be in the machine's own order.
     """
     if not isinstance(array, np.ndarray):
         raise ArgumentTypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
@@ -60,6 +60,8 @@ def kind_of(array: npt.NDArray[Any], name: str, dtype: Dtype | None) -> Dtype:
     if kind is None or (dtype is not None and kind != dtype):
         wanted = dtype or 'float16, float32, bfloat16, or uint16 with dtype="bf16"'
         raise ArgumentTypeError(f"{name} must be {wanted}, got {array.dtype.name}")
+    if not array.dtype.isnative:
+        raise ArgumentTypeError(f"{name} must be in native byte order, got {array.dtype.str}")
     return kind
 
 
@@ -193,6 +195,10 @@ def _round_f16(values: Float32, out: Float32) -> Float32:
     np.add(magic, np.uint32((13 << 23) | 0x400000), out=magic)
     np.add(values, magic.view(np.float32), out=out)
     np.subtract(out, magic.view(np.float32), out=out)
+    # What rounds to zero keeps its sign (two integer passes: a third of what copysign costs).
+    bits = out.view(np.uint32)
+    np.bitwise_and(values.view(np.uint32), 0x80000000, out=magic)
+    np.bitwise_or(bits, magic, out=bits)
     return out
 
 

@@ -47,7 +47,7 @@ class HostLayer:
     mean : ndarray of float32 ``[num_kv_heads, head_dim]`` or None
         Key mean.
     dtype : dtype
-        Type of all arithmetic after decoding.
+        Type of weighted sums and outputs.
     workers : Workers
         Threads.
     """
@@ -122,13 +122,13 @@ class HostLayer:
         Returns
         -------
         out : ndarray ``[tokens, num_kv_heads, group, head_dim]``
-        lse : ndarray ``[tokens, num_kv_heads, group]``
+        lse : ndarray of float64 ``[tokens, num_kv_heads, group]``
         """
         prepared = self._prepare(tokens, sm_scale)
         spans = self._spans(block_table, reads)
         ends = np.cumsum(tokens.q_lens)
-        out = np.zeros_like(tokens.values)
-        lse = np.full(out.shape[:3], -np.inf, self.dtype)
+        out = np.zeros(tokens.values.shape, self.dtype)
+        lse = np.full(out.shape[:3], -np.inf)
 
         def one(unit: tuple[int, int]) -> None:
             index, head = unit
@@ -181,10 +181,11 @@ class HostLayer:
             if key_codec.projection is not None:
                 sketch = np.stack([key_reader.qjl_rows(slots, head) for head in heads], axis=1)
                 back = key_codec.projection.project_back(sketch)
-                keys += back * self.dtype.type(key_codec.projection.factor)
+                keys += back * key_codec.projection.factor
             keys = key_codec.rotation.inverse(keys)
             if self.mean is not None:
                 keys = keys + self.mean
+        keys = keys.astype(self.dtype, copy=False)
         return keys, values if value_codec is None else value_codec.rotation.inverse(values)
 
     def _codec(self, layer: int, stream: Stream, mean: Float32 | None) -> VectorCodec | None:
@@ -207,10 +208,12 @@ class HostLayer:
     def _reader(self, layout: PageLayout, pool: Array, layer: int, stream: Stream) -> StreamReader:
         form = self.config.layer_codecs(layer)[stream == "value"]
         codec = self.codecs[stream == "value"]
+        # Scores are float64 whatever the sums are: see `HostBackend`.
+        dtype = np.dtype(np.float64) if stream == "key" else self.dtype
         if isinstance(form, Polar):
-            return PolarReader(layout, pool, layer, stream, form, self.dtype)
+            return PolarReader(layout, pool, layer, stream, form, dtype)
         table = codec.book.table if isinstance(codec, TurboQuantCodec) else None
-        return StreamReader(layout, pool, layer, stream, form, table, self.dtype)
+        return StreamReader(layout, pool, layer, stream, form, table, dtype)
 
     def _prepare(self, tokens: QueryTokens, scale: float) -> PreparedQueries:
         return prepare_queries(tokens, self.codecs[0], self.mean, scale)

@@ -60,6 +60,8 @@ class StreamReader:
         self.page_size = layout.config.page_size
         self.stream = stream
         self.codec = codec
+        #: Whether tiles hold plain values, which may be NaN where nothing was written.
+        self.plain = isinstance(codec, Exact)
         self.dtype = np.dtype(dtype)
         #: Signs of the QJL sketch.
         self.sketch_dim = self.head_dim

@@ -12,11 +12,23 @@ from ..codec import VectorCodec
 from ..codec.validation import MAX_NORM
 from ..config import CacheConfig, Dtype, Exact
 from ..errors import ArgumentError, SlotError, UnsupportedError
-from .dtypes import LIMITS, Float32, check_range, check_shape, kind_of, largest, round_to, widen
+from ..paging.arguments import integers
+from .dtypes import (
+    LIMITS,
+    Float32,
+    check_range,
+    check_shape,
+    kind_of,
+    largest,
+    round_to,
+    widen,
+)
 from .work_arrays import work_array
 
 Array = npt.NDArray[Any]
 Codecs = tuple[VectorCodec | None, VectorCodec | None]
+
+_STREAMS: tuple[Literal["key", "value"], ...] = ("key", "value")
 
 
 class TokenBatch(NamedTuple):
@@ -66,7 +78,7 @@ def check_tokens(
     Parameters
     ----------
     config : CacheConfig
-        Shape, ``kv_dtype``, and what exact streams are stored as.
+        Shape, ``kv_dtype``, and the types of exact pages.
     layer : int
         The layer.
     codecs : tuple of VectorCodec or None
@@ -92,23 +104,27 @@ def check_tokens(
     kind = kind_of(keys, "keys", dtype)
     kind_of(values, "values", kind)
     batch = TokenBatch(keys, values, kind, config.kv_dtype)
-    for name, raw, codec, form in zip(
-        ("keys", "values"), (keys, values), codecs, config.layer_codecs(layer)
+    for stream, raw, codec, form in zip(
+        _STREAMS, (keys, values), codecs, config.layer_codecs(layer)
     ):
         peak = largest(raw, kind)
-        stored: tuple[Dtype, ...] = (config.kv_dtype,)
+        if not peak < LIMITS[config.kv_dtype]:
+            check_range(widen(raw, kind), stream + "s", config.kv_dtype)
         if isinstance(form, Exact):
-            stored += (form.dtype,)
-        for kv_dtype in stored:
-            if not peak < LIMITS[kv_dtype]:
-                check_range(widen(raw, kind), name, kv_dtype)
+            # An exact page may be narrower than kv_dtype, which rounds first.
+            rounded = round_to(np.array([peak], np.float32), config.kv_dtype)[0]
+            if not rounded < LIMITS[form.dtype]:
+                check_range(batch.vectors(stream, slice(None)), stream + "s", form.dtype)
         if codec is None:
             continue
         offset = 0.0 if codec.mean is None else float(np.abs(codec.mean).max())
-        if (peak + offset) * math.sqrt(dim) > MAX_NORM or codec.config.unit_norm:
-            # As they came: rounding to kv_dtype may move a unit norm by more than the tolerance,
-            # and the norm limit leaves twice the room that rounding needs.
+        # Rounding to kv_dtype moves an element by less than one part in 256 (bf16).
+        bound = (peak * (1 + 2**-8) + offset) * math.sqrt(dim)
+        if codec.config.unit_norm:
+            # As they came: rounding to float16 alone moves a norm by more than is allowed.
             codec.validate(widen(raw, kind))
+        elif bound > MAX_NORM:
+            codec.validate(batch.vectors(stream, slice(None)))
     return batch
 
 
@@ -131,17 +147,14 @@ def check_slots(
 
     Raises
     ------
-    ArgumentError
+    ArgumentError, ArgumentTypeError
         Wrong shape, type or count.
     SlotError
         A slot on the null page, outside the pool, without an owner, or twice.
     """
-    mapping = np.asarray(slots)
-    if mapping.ndim != 1 or mapping.dtype.kind not in "iu":
-        raise ArgumentError(f"slots must be integers [n], got {mapping.dtype} {mapping.shape}")
+    mapping = integers("slots", slots)
     if count is not None and len(mapping) != count:
         raise ArgumentError(f"slot_mapping must have {count} entries, got {len(mapping)}")
-    mapping = mapping.astype(np.int64, copy=False)
     used = mapping[mapping >= 0] if count is not None else mapping
     size, total = config.page_size, config.num_pages
     bad = used[(used < size) | (used >= size * total)]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from ..backends import select_backend
+from ..backends.dtypes import check_shape
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, StepError
+from ..paging.arguments import token_counts
 from ..paging.eviction import EvictionPolicy, apply
 from ..paging.page_tables import PageTables
 from ..paging.step_plan import StepPlan
@@ -124,7 +125,7 @@ class PagedKVCache(CacheReads):
         if isinstance(what, EvictionPolicy):
             self._freed(apply(self.tables, what.plan(self.tables, seq_id)))
         else:
-            self._freed(self.tables.evict(seq_id, np.asarray(what)))
+            self._freed(self.tables.evict(seq_id, what))
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -133,7 +134,7 @@ class PagedKVCache(CacheReads):
         seq_ids: SeqIds,
         keys: Array,
         values: Array,
-        num_new_tokens: Sequence[int] | Array | None = None,
+        num_new_tokens: int | Sequence[int] | Array | None = None,
         dtype: Dtype | None = None,
     ) -> None:
         """Append tokens of all layers at once: everything or nothing, to the byte.
@@ -159,16 +160,13 @@ class PagedKVCache(CacheReads):
         ids = self._ids(seq_ids)
         layers = self.config.num_layers
         for name, array in (("keys", keys), ("values", values)):
-            if getattr(array, "ndim", None) != 4 or len(array) != layers:
-                raise ArgumentError(
-                    f"{name} must have shape [{layers}, tokens, KV heads, head_dim], "
-                    f"got {list(getattr(array, 'shape', []))}"
-                )
+            shape = (layers, None, None, None)
+            check_shape(array, name, shape, "layers, tokens, KV heads, head_dim")
         if num_new_tokens is None:
             if len(ids) != 1:
                 raise ArgumentError("a batch needs num_new_tokens, one count per sequence")
             num_new_tokens = [keys.shape[1]]
-        counts = np.asarray(num_new_tokens)
+        counts = token_counts("num_new_tokens", num_new_tokens, len(ids))
         if counts.sum() != keys.shape[1]:
             raise ArgumentError(
                 f"num_new_tokens must add up to {keys.shape[1]} tokens, got {counts.sum()}"
@@ -203,10 +201,7 @@ class PagedKVCache(CacheReads):
         OutOfPages, OutOfWindowSlots, StepError, UnknownSequence, ArgumentError
         """
         ids = self._ids(seq_ids)
-        counts = np.asarray(num_new_tokens)
-        if counts.ndim == 0:
-            counts = np.full(len(ids), counts)
-        plan = self.tables.reserve(ids, counts)
+        plan = self.tables.reserve(ids, num_new_tokens)
         if self.debug:
             self.backend.fill_pages(plan.new_pages, POISON)
         self.backend.clear_norms(plan.new_pages)
@@ -242,6 +237,7 @@ class PagedKVCache(CacheReads):
             Bad input; nothing was written and the step stays open.
         """
         plan = self._open_step("store")
+        self._check_layer(layer)
         if layer in self._stored:
             raise StepError(f"layer {layer} is already stored in this step")
         batch = self.backend.check(layer, keys, values, dtype)

@@ -36,6 +36,12 @@ def test_rounding_to_float16_is_numpys_at_every_magnitude(decade):
     )
 
 
+def test_what_rounds_to_zero_keeps_its_sign():
+    values = np.array([0.0, -0.0, 1e-9, -1e-9, 1e-45, -1e-45], np.float32)
+    for kv_dtype in ("f16", "bf16"):
+        assert np.signbit(round_to(values, kv_dtype)).tolist() == [False, True] * 3
+
+
 def test_rounding_to_bfloat16_is_to_nearest_with_ties_to_even():
     values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -3.1415927], np.float32)
     expected = np.array([1.0, 1.0, 1 + 2**-6, 1 + 2**-7, -3.140625], np.float32)
