@@ -1,4 +1,4 @@
-"""Draw the figures of the concepts page: ``python -m docs.figures [FOLDER]`` (needs ``plots``).
+"""Draw the figures of the pages: ``python -m docs.figures [FOLDER]`` (needs ``plots``).
 
 Byte offsets come from ``PageLayout``, so the page figure cannot drift from the format. Colours are
 chosen to read on light and on dark pages: transparent ground, mid-grey text, dark text on fills.
@@ -6,6 +6,7 @@ chosen to read on light and on dark pages: transparent ground, mid-grey text, da
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -195,10 +196,33 @@ def window() -> plt.Figure:
     return figure
 
 
+def append() -> plt.Figure:
+    """Cost of appending one token, by the length of the cache, as measured."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / "compat_append.json"
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    figure, axes = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
+    names = {"mse": "MSE keys", "prod": "Prod keys", "mse, full": "MSE keys, dropping the oldest"}
+    for (kind, name), colour in zip(names.items(), (KEYS, VALUES, EXACT), strict=True):
+        line = [row for row in rows if row["keys"] == kind]
+        tokens = [row["tokens"] for row in line]
+        cost = [row["push us (best)"] + row["move us per token"] for row in line]
+        axes.plot(tokens, cost, "o-", color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [f"{count // 1024}k" for count in tokens])
+    axes.set(xlabel="tokens in the cache", ylabel="us per token", ylim=(0, None))
+    axes.tick_params(colors=GREY, which="both")
+    axes.xaxis.label.set_color(GREY)
+    axes.yaxis.label.set_color(GREY)
+    for spine in axes.spines.values():
+        spine.set_color(LINE)
+    axes.legend(frameon=False, labelcolor=GREY)
+    return figure
+
+
 def draw_all(folder: Path) -> None:
-    """Write ``page.svg`` and ``window.svg`` into a folder, which is made."""
+    """Write ``page.svg``, ``window.svg`` and ``append.svg`` into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    for draw in (page, window):
+    for draw in (page, window, append):
         with mpl.rc_context(STYLE):
             figure = draw()
             figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})

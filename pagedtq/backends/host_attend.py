@@ -271,6 +271,6 @@ def _by_chunk(norms: Array | None, chunk: int, unread: Array) -> Array | float:
 
 
 def _clear(tile: Array, unread: Array, reader: StreamReader) -> None:
-    """Zero unread rows where slots never written may decode to NaN, for the same reason."""
-    if unread.size and reader.may_be_nan:
+    """Zero unread rows of plain values, for the same reason; codes always decode to numbers."""
+    if unread.size and reader.plain:
         tile.reshape(-1, tile.shape[-1])[unread] = 0

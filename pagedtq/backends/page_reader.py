@@ -60,7 +60,8 @@ class StreamReader:
         self.page_size = layout.config.page_size
         self.stream = stream
         self.codec = codec
-        self.may_be_nan = isinstance(codec, Exact)
+        #: Whether tiles hold plain values, which may be NaN where nothing was written.
+        self.plain = isinstance(codec, Exact)
         self.dtype = np.dtype(dtype)
         #: Signs of the QJL sketch.
         self.sketch_dim = self.head_dim

@@ -43,7 +43,7 @@ class PolarReader(StreamReader):
         self.stream = stream
         self.codec = codec
         self.dtype = np.dtype(dtype)
-        self.may_be_nan = True
+        self.plain = True
         self.sketch_dim = codec.sketch_dim(self.head_dim)
         self._pairs = False
         self._width = codec.angle_bits

@@ -175,6 +175,13 @@ def rotation_for(head_dim: int) -> Any:
     return "hadamard" if has_fast_transform(head_dim) else "dense"
 
 
+def check_type(name: str, value: object, kind: type) -> None:
+    """Refuse a field of another type: a struct made in Python is not checked when it is made."""
+    if not isinstance(value, kind):
+        got = type(value).__name__
+        raise ArgumentTypeError(f"{name} must be {kind.__name__}, got {got} {value!r}")
+
+
 def vector(array: npt.ArrayLike, name: str) -> Float64:
     """Convert what should be a vector; its length is the caller's to check.
 

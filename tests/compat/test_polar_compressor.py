@@ -34,6 +34,7 @@ from pagedtq.compat.turbo_quant import (
     UnsupportedDimension,
     ZeroDimension,
     ZeroProjectionCount,
+    json_schemas,
 )
 from pagedtq.errors import (
     ArgumentError,
@@ -128,6 +129,41 @@ def test_configurations_survive_json_and_refuse_other_fields():
 def test_schema_names_every_field(kind):
     properties = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
     assert set(properties) == set(kind.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"keys": "exact"},
+        {"values": KvQuantPolicy()},
+        {"keys": Quantized(8, 8, "PolarOnly")},
+        {"values": Quantized(8, 8, rotation_kind="StoredQr")},
+        {"shadow": 1},
+    ],
+)
+def test_field_of_another_type_is_refused(fields):
+    with pytest.raises(ArgumentTypeError):
+        cache_of(**fields)
+
+
+def test_scale_of_another_type_is_refused():
+    with pytest.raises(ArgumentTypeError, match=r"scale must be AttentionScale, got float 0\.5"):
+        cache_of().attention_scores_with_options(np.zeros(D), AttentionScoreOptions(0.5))
+
+
+def test_there_is_a_schema_of_every_configuration_and_report():
+    schemas = json_schemas()
+    assert set(schemas) == {
+        "KvQuantPolicy",
+        "KvCacheConfig",
+        "KvRuntimeConfig",
+        "AttentionScale",
+        "AttentionScoreOptions",
+        "KvShadowScore",
+        "KvMemoryReportV1",
+    }
+    assert set(schemas["KvQuantPolicy"]["discriminator"]["mapping"]) == {"exact", "quantized"}
+    assert schemas["KvMemoryReportV1"]["$ref"].endswith("/KvMemoryReportV1")
 
 
 def test_schema_of_policies_tells_them_apart_by_kind():

@@ -133,6 +133,12 @@ def test_seed_and_limit_out_of_range_are_refused(fields):
         MultiHeadKVCache(MultiHeadConfig(2, KVCacheConfig(32, **fields)))
 
 
+@pytest.mark.parametrize("strategy", ["Prod", None, 1])
+def test_strategy_of_another_type_is_refused(strategy):
+    with pytest.raises(ArgumentTypeError, match="key_strategy must be QuantStrategy"):
+        cache_of(key_strategy=strategy)
+
+
 # -- seeds ----------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from .types import (
     Quantized,
     RotationKind,
     TurboMode,
+    json_schemas,
 )
 
 __all__ = [
@@ -58,4 +59,5 @@ __all__ = [
     "UnsupportedDimension",
     "ZeroDimension",
     "ZeroProjectionCount",
+    "json_schemas",
 ]

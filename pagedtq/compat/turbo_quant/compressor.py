@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ...config import Codec, TurboQuant
 from ...errors import ArgumentError
-from ..growing import GrowingSequence, rotation_for, vector
+from ..growing import GrowingSequence, check_type, rotation_for, vector
 from .errors import DimensionMismatch, MalformedCode, NonFiniteInput
 from .policies import EXACT, check_dimension, page_codec
 from .types import (
@@ -51,7 +51,7 @@ class KvCacheCompressor:
     Raises
     ------
     ZeroDimension, OddDimension, UnsupportedDimension, InvalidBitWidth, ZeroProjectionCount
-    RotationFailed, ConfigError
+    RotationFailed, ConfigError, ArgumentTypeError
         If the configuration cannot be met.
     """
 
@@ -60,6 +60,8 @@ class KvCacheCompressor:
     ) -> None:
         if isinstance(config, KvCacheConfig):
             config = config.runtime()
+        check_type("config", config, KvRuntimeConfig)
+        check_type("keep_exact_shadow", config.keep_exact_shadow, bool)
         self._config = config
         streams = (config.key_policy, config.value_policy)
         check_dimension(config.head_dim, any(isinstance(p, Quantized) for p in streams))
@@ -298,6 +300,7 @@ class KvCacheCompressor:
         if isinstance(scale, CustomScale):
             with np.errstate(over="ignore"):
                 return float(np.float32(scale.value))
+        check_type("scale", scale, AttentionScale)
         return 1.0 if scale is AttentionScale.NONE else 1.0 / math.sqrt(self._config.head_dim)
 
     def _check_length(self, row: npt.NDArray[np.float64]) -> None:

@@ -7,6 +7,7 @@ from typing import Literal
 from ...config import Codec, Polar
 from ...config import Exact as ExactCodec
 from ...errors import ConfigError
+from ..growing import check_type
 from .errors import (
     InvalidBitWidth,
     OddDimension,
@@ -46,6 +47,9 @@ def page_codec(
     """Return the page codec of a policy; values have no use for a sketch and get none."""
     if isinstance(policy, Exact):
         return EXACT
+    check_type(f"{stream}_policy", policy, Quantized)
+    check_type("mode", policy.mode, TurboMode)
+    check_type("rotation_kind", policy.rotation_kind, RotationKind)
     sketch = policy.mode is TurboMode.POLAR_WITH_QJL
     if not (type(policy.bits) is int and 1 + sketch <= policy.bits <= 16):
         raise InvalidBitWidth(policy.bits, 1 + sketch)

@@ -6,6 +6,7 @@ Their JSON has the crate's field names and tags; `msgspec.json.schema` gives a s
 from __future__ import annotations
 
 import enum
+from typing import Any
 
 import msgspec
 
@@ -25,8 +26,8 @@ class RotationKind(enum.Enum):
     STORED_QR = "StoredQr"
 
 
-class KvQuantPolicy(msgspec.Struct, frozen=True, tag_field="kind"):
-    """How one stream is kept: `Exact` or `Quantized`."""
+class KvQuantPolicy(msgspec.Struct, frozen=True):
+    """How one stream is kept: `Exact` or `Quantized`, which its methods make."""
 
     @staticmethod
     def exact() -> Exact:
@@ -44,14 +45,16 @@ class KvQuantPolicy(msgspec.Struct, frozen=True, tag_field="kind"):
         return Quantized(bits, projections, rotation_kind=RotationKind.STORED_QR)
 
 
-class Exact(KvQuantPolicy, frozen=True, forbid_unknown_fields=True, tag="exact"):
+class Exact(KvQuantPolicy, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="exact"):
     """Keep float32 vectors and no codes.
 
     They lie in exact pages and count as shadows; without ``keep_exact_shadow`` they cannot be read.
     """
 
 
-class Quantized(KvQuantPolicy, frozen=True, forbid_unknown_fields=True, tag="quantized"):
+class Quantized(
+    KvQuantPolicy, frozen=True, forbid_unknown_fields=True, tag_field="kind", tag="quantized"
+):
     """Keep polar codes.
 
     Parameters
@@ -174,3 +177,17 @@ class KvMemoryReportV1(msgspec.Struct, frozen=True):
     warnings: list[str]
     page_bytes: int
     pool_bytes: int
+
+
+def json_schemas() -> dict[str, dict[str, Any]]:
+    """Return the JSON Schema of every configuration and report, by the crate's name of it."""
+    kinds: dict[str, Any] = {
+        "KvQuantPolicy": Exact | Quantized,
+        "KvCacheConfig": KvCacheConfig,
+        "KvRuntimeConfig": KvRuntimeConfig,
+        "AttentionScale": AttentionScale | CustomScale,
+        "AttentionScoreOptions": AttentionScoreOptions,
+        "KvShadowScore": KvShadowScore,
+        "KvMemoryReportV1": KvMemoryReportV1,
+    }
+    return {name: msgspec.json.schema(kind) for name, kind in kinds.items()}

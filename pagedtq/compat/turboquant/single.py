@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ...codec.validation import UNIT_TOLERANCE
 from ...config import TurboQuant
 from ...errors import ArgumentTypeError, ConfigError, UnsupportedError
-from ..growing import Float64, GrowingSequence, rotation_for, vector
+from ..growing import Float64, GrowingSequence, check_type, rotation_for, vector
 from .errors import (
     DimensionMismatch,
     InvalidBitWidth,
@@ -41,14 +41,15 @@ class QuantizedKVCache:
     ------
     InvalidDimension, InvalidBitWidth
         If the configuration cannot be met.
-    ArgumentError
-        If seed or limit are not whole numbers in range.
+    ConfigError, ArgumentTypeError
+        If seed or limit are not whole numbers in range, or the strategy is no `QuantStrategy`.
     """
 
     def __init__(self, config: KVCacheConfig) -> None:
         if not (type(config.dim) is int and 3 <= config.dim <= 4096):
             raise InvalidDimension(config.dim, "a dimension from 3 to 4096")
         self._config = config
+        check_type("key_strategy", config.key_strategy, QuantStrategy)
         prod = config.key_strategy is QuantStrategy.PROD
         for name, bits, low in (
             ("value_bits", config.value_bits, 1),
