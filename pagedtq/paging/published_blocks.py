@@ -143,8 +143,8 @@ class PublishedBlocks(SharedPrefixes):
         have = len(chain.keys)
         pages = self._table[row, first:stop]
         if have < stop:
-            fresh = self._table[row, have:stop]
-            if not fresh.all():
+            unnamed = self._table[row, have:stop]
+            if not unnamed.all():
                 # A block went before it was published: the chain ends here for good.
                 self._known[row] = have * self.page_size
                 self._published[row] = stop = max(first, have)
@@ -153,18 +153,23 @@ class PublishedBlocks(SharedPrefixes):
                 pages = self._table[row, first:stop]
             else:
                 parent = chain.keys[-1] if have else None
-                known = self._page_tokens[fresh].ravel()
+                known = self._page_tokens[unnamed].ravel()
                 chain.keys += self._hasher.chain(known, parent, chain.extras, have)
-        # Pages that hold their block already were published by a fork; evicted ones are gone.
-        fresh_blocks = np.flatnonzero((pages > 0) & ~self.prefix.held[pages])
         by_block: Int32 | None = None if chain.opaque else self._page_tokens[pages]
         if tokens is not None:
             by_block = tokens.reshape(pages.size, self.page_size)
-        # One run of consecutive blocks per announcement.
-        for run in np.split(fresh_blocks, np.flatnonzero(np.diff(fresh_blocks) > 1) + 1):
+        # Pages that hold their block already were published by a fork; evicted ones are gone.
+        fit = (pages > 0) & ~self.prefix.held[pages]
+        if fit.all():
+            runs = [np.arange(pages.size)]
+        else:
+            fresh = np.flatnonzero(fit)
+            runs = np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1)
+        # One announcement per run of consecutive blocks.
+        for run in runs:
             if run.size:
                 at = first + int(run[0])
-                self.prefix.publish(
+                self.prefix.enter(
                     chain.keys[at : at + run.size],
                     pages[run].tolist(),
                     chain.keys[at - 1] if at else None,
