@@ -44,6 +44,8 @@ def test_imports_of_the_package_point_one_way(copy):
         ("backends", "pagedtq.cache"),
         ("models", "pagedtq.sizing"),
         ("cache", "pagedtq.sim"),
+        ("cache", "pagedtq.serving"),
+        ("serving", "pagedtq.sim"),
         ("sim", "pagedtq.cli"),
     ],
 )

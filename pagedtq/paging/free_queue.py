@@ -35,6 +35,8 @@ class FreeQueue:
         # Where each id lies in the ring; of absent ids, where it was last.
         self._place = np.zeros(first + count, np.int64)
         self._place[first:] = np.arange(count)
+        # Reading and writing one entry through these costs a third of NumPy's own indexing.
+        self._ring_entries, self._places = self._ring.data, self._place.data
         self._head, self._tail = 0, count
         self._size = count
 
@@ -62,6 +64,18 @@ class FreeQueue:
         self._place[ids] = np.arange(tail, tail + count)
         self._tail = tail + count
         self._size += count
+
+    def push_few(self, ids: list[int]) -> None:
+        """Do what `push` does, faster for a few ids."""
+        if self._tail + len(ids) > self._ring.size:
+            self._compact()
+        ring, places, tail = self._ring_entries, self._places, self._tail
+        for entry in ids:
+            ring[tail] = entry
+            places[entry] = tail
+            tail += 1
+        self._tail = tail
+        self._size += len(ids)
 
     def remove(self, ids: Int32) -> None:
         """Take distinct ids from wherever they are."""

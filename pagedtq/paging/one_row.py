@@ -45,7 +45,7 @@ class OneRow(Steps):
         self._adopt(int(rows[0]), BlockChain(keys, opaque=True), list(pages))
         return int(ids[0])
 
-    def lengthen(self, seq_id: int, length: int) -> list[int]:
+    def lengthen(self, seq_id: int, length: int, keep_free: int = 0) -> list[int]:
         """Make room in one sequence for positions below ``length``; return its new pages.
 
         This is `reserve` and `commit` of one sequence; a shorter length changes nothing. Nothing is
@@ -54,7 +54,7 @@ class OneRow(Steps):
         Raises
         ------
         OutOfPages, OutOfWindowSlots
-            If it does not fit.
+            If it does not fit, or would leave less than ``keep_free`` pages free.
         StepError
             If a step is open.
         """
@@ -69,13 +69,15 @@ class OneRow(Steps):
             return []
         first, stop = -(-old // size), -(-length // size)
         open_page = self._table.item(row, old // size) if old % size else 0
-        if self.window_tokens or (open_page and self.pool.ref_counts.item(open_page) > 1):
+        need, free = stop - first, self.pool.num_free - keep_free
+        shared = bool(open_page and self.pool.num_shared)
+        shared = shared and self.pool.ref_counts.item(open_page) > 1
+        if need + shared and need + shared > free:
+            raise OutOfPages(need + shared, max(free, 0), self.pool.num_pages - 1)
+        if self.window_tokens or shared:
             self.commit(self.reserve(np.array([seq_id]), length - old))
             taken: list[int] = self._table[row, first:stop].tolist()
             return taken
-        need = stop - first
-        if need > self.pool.num_free:
-            raise OutOfPages(need, self.pool.num_free, self.pool.num_pages - 1)
         self.version += 1
         self._length[row] = length
         if open_page and self.prefix is not None and self.prefix.key_of(open_page) is not None:
@@ -124,6 +126,8 @@ class OneRow(Steps):
             raise ArgumentError(f"sequence {seq_id} was not opened with block_keys")
         first = self._published.item(row)
         keys = opaque_keys(block_keys)
+        if not keys:
+            return
         stop = first + len(keys)
         if stop * self.page_size > self._length.item(row):
             raise ArgumentError(

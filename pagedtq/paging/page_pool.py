@@ -7,11 +7,17 @@ owner may still be wanted for what it holds: `PagePool.touch` takes it from the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import ArgumentError, CapacityError, IntegrityError, OutOfPages
 from .arguments import Bools, Int32, Int64, Integers, integer, integers
 from .free_queue import FreeQueue
+
+#: Up to so many ids a loop is faster than NumPy's calls.
+FEW = 16
 
 
 class CountedPool:
@@ -34,6 +40,7 @@ class CountedPool:
         self._first, self._count = first, count
         self._refs = np.zeros(first + count, np.int32)
         self._queue = FreeQueue(first, count)
+        self._owners = self._refs.data
         self._shared = 0
         self._scratch = np.zeros(first + count, np.int64)
         view = self._refs.view()
@@ -127,6 +134,10 @@ class CountedPool:
         ArgumentError
             If an id is out of range or has fewer owners than it would lose.
         """
+        if isinstance(ids, np.ndarray) and 0 < ids.size <= FEW and ids.ndim == 1:
+            few = self._release_few(ids)
+            if few is not None:
+                return few
         owned = self._owned(ids, "release")
         if owned.size == 0:
             return np.empty(0, np.int32)
@@ -154,6 +165,22 @@ class CountedPool:
         freed = owned[last & (after == 0)].astype(np.int32)
         self._queue.push(freed)
         return freed
+
+    def _release_few(self, ids: npt.NDArray[Any]) -> Int32 | None:
+        """Release a few ids of which each loses its only owner; None, unchanged, for any other."""
+        if ids.dtype.kind not in "iu":
+            return None
+        few: list[int] = ids.tolist()
+        owners, first, stop = self._owners, self._first, self._refs.size
+        if len(set(few)) != len(few):
+            return None
+        for one in few:
+            if not first <= one < stop or owners[one] != 1:
+                return None
+        for one in few:
+            owners[one] = 0
+        self._queue.push_few(few)
+        return ids.astype(np.int32)
 
     def copied_on_write(self, ids: Int32) -> Bools:
         """Tell which of several writers must copy, where each owns one reference to its id.

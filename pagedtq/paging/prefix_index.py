@@ -122,7 +122,21 @@ class PrefixIndex:
             If a page is the null page, out of range, given twice, or holds a block already.
         """
         self._check(keys, pages)
-        self._enter(keys, pages)
+        self.enter(keys, pages, parent, tokens)
+
+    def enter(
+        self,
+        keys: Sequence[bytes],
+        pages: Sequence[int],
+        parent: bytes | None = None,
+        tokens: Int32 | None = None,
+    ) -> None:
+        """Do what `publish` does, without a check."""
+        if len(keys) == 1:
+            self._enter_one(keys[0], pages[0])
+            self._held[pages[0]] = True
+        else:
+            self._enter_many(keys, pages)
         if self.observer is not None and len(keys):
             self.observer.stored(keys, parent, tokens)
 
@@ -220,10 +234,17 @@ class PrefixIndex:
             if self._keys[page] is not None:
                 raise ArgumentError(f"page {page} holds a block already")
 
-    def _enter(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
-        """Enter checked keys; the caller tells the observer."""
-        for key, page in zip(keys, pages, strict=True):
-            self._enter_one(key, page)
+    def _enter_many(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
+        new = dict(zip(keys, pages, strict=True))
+        if len(new) == len(keys) and self._first.keys().isdisjoint(new):
+            # The common case, without a step per block: nobody holds any of them.
+            self._first.update(new)
+            for key, page in new.items():
+                self._keys[page] = key
+            self._num_held += len(new)
+        else:
+            for key, page in zip(keys, pages, strict=True):
+                self._enter_one(key, page)
         self._held[np.asarray(pages, np.int64)] = True
 
     def _enter_one(self, key: bytes, page: int) -> None:

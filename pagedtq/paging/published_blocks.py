@@ -13,9 +13,9 @@ from .shared_prefixes import NO_TOKENS, SharedPrefixes, Tokens
 
 
 class StepTokens(NamedTuple):
-    """Token ids of one step: rows of the batch that have them, counts, and the ids."""
+    """Token ids of one step: members that have them (None for all), counts, and the ids."""
 
-    members: Int64
+    members: Int64 | None
     counts: Int64
     tokens: Int32
 
@@ -27,54 +27,77 @@ class PublishedBlocks(SharedPrefixes):
         self, rows: Int64, length: Int64, num_new: Int64, token_ids: Tokens | None
     ) -> StepTokens:
         """Return the token ids of a step that are known; refuse wrong ones."""
-        announced = np.flatnonzero((self._prompt_end[rows] > length) & (num_new > 0))
-        prompts = [
-            self._chains[row].prompt[at : at + n]
-            for row, at, n in zip(
-                rows[announced].tolist(),
-                length[announced].tolist(),
-                num_new[announced].tolist(),
-                strict=True,
-            )
-        ]
+        pending = (self._prompt_end.take(rows) > length) & (num_new > 0)
+        members, prompts = NO_MEMBERS, []
+        if pending.any():
+            members = np.flatnonzero(pending)
+            prompts = [
+                self._chains[row].prompt[at : at + n]
+                for row, at, n in zip(
+                    rows[members].tolist(),
+                    length[members].tolist(),
+                    num_new[members].tolist(),
+                    strict=True,
+                )
+            ]
         if token_ids is None:
             counts = np.array([prompt.size for prompt in prompts], np.int64)
-            return StepTokens(announced, counts, np.concatenate([*prompts, NO_TOKENS]))
+            return StepTokens(members, counts, np.concatenate([*prompts, NO_TOKENS]))
         tokens = token_array("token_ids", token_ids)
-        if tokens.size != int(num_new.sum()):
+        total = int(num_new.sum())
+        if tokens.size != total:
             raise ArgumentError(
-                f"token_ids must have one entry per new token: expected {int(num_new.sum())}, "
-                f"got {tokens.size}"
+                f"token_ids must have one entry per new token: expected {total}, got {tokens.size}"
             )
-        first = np.cumsum(num_new) - num_new
-        for member, prompt in zip(announced.tolist(), prompts, strict=True):
-            at = int(first[member])
+        if prompts:
+            self._check_announced(rows, length, num_new, tokens, members, prompts)
+        return StepTokens(None, num_new, tokens)
+
+    def _check_announced(
+        self,
+        rows: Int64,
+        length: Int64,
+        num_new: Int64,
+        tokens: Int32,
+        members: Int64,
+        prompts: list[Int32],
+    ) -> None:
+        """Refuse tokens that differ from those their sequences were opened with."""
+        first = (np.cumsum(num_new) - num_new)[members]
+        for member, at, prompt in zip(members.tolist(), first.tolist(), prompts, strict=True):
             if not np.array_equal(tokens[at : at + prompt.size], prompt):
                 raise ArgumentError(
                     f"sequence {int(self._ids[rows[member]])}: token_ids differ from those it was "
                     f"opened with, at or behind position {int(length[member])}"
                 )
-        return StepTokens(np.arange(rows.size), num_new, tokens)
 
     def _note_writes(self, rows: Int64, length: Int64, num_new: Int64, step: StepTokens) -> None:
         """Let open pages that are written on forget their blocks, and take the new token ids."""
         assert self.prefix is not None
-        blocks, offsets = np.divmod(length, self.page_size)
-        inside = np.flatnonzero((offsets > 0) & (num_new > 0))
-        self.prefix.forget(self._table[rows[inside], blocks[inside]])
+        size = self.page_size
         members, counts, tokens = step
+        if tokens.size == rows.size and members is None and int(counts.max(initial=0)) == 1:
+            # One token each, as in decoding. (As many tokens as members, none with two.)
+            blocks = length // size
+            pages = self._table[rows, blocks]
+            self.prefix.forget(pages)
+            self._page_tokens[pages, length - blocks * size] = tokens
+            known = self._known.take(rows)
+            self._known[rows] = known + (known == length)
+            return
+        blocks = length // size
+        inside = np.flatnonzero((blocks * size < length) & (num_new > 0))
+        self.prefix.forget(self._table[rows[inside], blocks[inside]])
         if not tokens.size:
             return
-        if tokens.size == rows.size == members.size and int(counts.min()) == 1:
-            self._page_tokens[self._table[rows, blocks], offsets] = tokens
-        else:
-            into = np.repeat(members, counts)
-            positions = length[into] + ranges(counts)
-            blocks, offsets = np.divmod(positions, self.page_size)
-            self._page_tokens[self._table[rows[into], blocks], offsets] = tokens
-        into = rows[members]
-        known = self._known[into]
-        self._known[into] = np.where(known == length[members], known + counts, known)
+        if members is not None:
+            rows, length = rows[members], length[members]
+        into = np.repeat(np.arange(rows.size), counts)
+        positions = length[into] + ranges(counts)
+        blocks = positions // size
+        self._page_tokens[self._table[rows[into], blocks], positions - blocks * size] = tokens
+        known = self._known[rows]
+        self._known[rows] = np.where(known == length, known + counts, known)
 
     def _forget(self, pages: Int32) -> None:
         """Let pages that were just taken forget what they held."""
@@ -87,18 +110,18 @@ class PublishedBlocks(SharedPrefixes):
         """Publish the blocks of rows that are complete, of positions below ``upto`` only."""
         if self.prefix is None:
             return
-        coded = self._coded if self.window_tokens else self._length
-        limit = self._known[rows]
+        limit = self._known.take(rows)
         if self._num_opaque:
             limit = np.maximum(limit, np.minimum(self._keyed[rows], self._length[rows]))
-        limit = np.minimum(limit, coded[rows])
+        if self.window_tokens:
+            limit = np.minimum(limit, self._coded[rows])
         if upto is not None:
             limit = np.minimum(limit, upto)
-        taint = self._taint[rows]
+        taint = self._taint.take(rows)
         if taint.any():
             limit = np.where(taint > 0, np.minimum(limit, taint), limit)
         complete = limit // self.page_size
-        done = self._published[rows]
+        done = self._published.take(rows)
         due = np.flatnonzero(complete > done)
         if due.size == 0:
             return
@@ -143,8 +166,8 @@ class PublishedBlocks(SharedPrefixes):
         have = len(chain.keys)
         pages = self._table[row, first:stop]
         if have < stop:
-            fresh = self._table[row, have:stop]
-            if not fresh.all():
+            unnamed = self._table[row, have:stop]
+            if not unnamed.all():
                 # A block went before it was published: the chain ends here for good.
                 self._known[row] = have * self.page_size
                 self._published[row] = stop = max(first, have)
@@ -153,18 +176,23 @@ class PublishedBlocks(SharedPrefixes):
                 pages = self._table[row, first:stop]
             else:
                 parent = chain.keys[-1] if have else None
-                known = self._page_tokens[fresh].ravel()
+                known = self._page_tokens[unnamed].ravel()
                 chain.keys += self._hasher.chain(known, parent, chain.extras, have)
-        # Pages that hold their block already were published by a fork; evicted ones are gone.
-        fresh_blocks = np.flatnonzero((pages > 0) & ~self.prefix.held[pages])
         by_block: Int32 | None = None if chain.opaque else self._page_tokens[pages]
         if tokens is not None:
             by_block = tokens.reshape(pages.size, self.page_size)
-        # One run of consecutive blocks per announcement.
-        for run in np.split(fresh_blocks, np.flatnonzero(np.diff(fresh_blocks) > 1) + 1):
+        # Pages that hold their block already were published by a fork; evicted ones are gone.
+        fit = (pages > 0) & ~self.prefix.held[pages]
+        if fit.all():
+            runs = [np.arange(pages.size)]
+        else:
+            fresh = np.flatnonzero(fit)
+            runs = np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1)
+        # One announcement per run of consecutive blocks.
+        for run in runs:
             if run.size:
                 at = first + int(run[0])
-                self.prefix.publish(
+                self.prefix.enter(
                     chain.keys[at : at + run.size],
                     pages[run].tolist(),
                     chain.keys[at - 1] if at else None,
@@ -188,3 +216,6 @@ class PublishedBlocks(SharedPrefixes):
             cleared = whole & (lengths <= taint)
             self._taint[rows] = np.where(cleared, 0, np.minimum(taint, lengths))
         return freed
+
+
+NO_MEMBERS: Int64 = np.empty(0, np.int64)

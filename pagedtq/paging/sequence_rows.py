@@ -107,11 +107,13 @@ class SequenceRows:
 
     def _row_of(self, seq_id: int) -> int:
         """Return the row of one sequence."""
-        if isinstance(seq_id, bool | np.bool_) or not isinstance(seq_id, int | np.integer):
-            raise ArgumentTypeError(f"seq_id must be an integer, got {type(seq_id).__name__}")
-        row = int(seq_id) & ROW_MASK
-        if row >= self._ids.size or self._ids[row] != seq_id:
-            raise self._unknown(int(seq_id))
+        if type(seq_id) is not int:
+            if isinstance(seq_id, bool | np.bool_) or not isinstance(seq_id, int | np.integer):
+                raise ArgumentTypeError(f"seq_id must be an integer, got {type(seq_id).__name__}")
+            seq_id = int(seq_id)
+        row = seq_id & ROW_MASK
+        if row >= self._ids.size or self._ids.item(row) != seq_id:
+            raise self._unknown(seq_id)
         return row
 
     def _unknown(self, seq_id: int) -> UnknownSequence:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import OutOfPages, OutOfWindowSlots, StepError
 from .arguments import Bools, Int32, Int64, Integers, ranges, token_counts
-from .published_blocks import PublishedBlocks
+from .published_blocks import NO_MEMBERS, PublishedBlocks
 from .shared_prefixes import Tokens
 from .step_plan import NO_COPIES, PageCopies, SequenceState, StepPlan
 
@@ -94,7 +94,8 @@ class Steps(PublishedBlocks):
             new_pages = np.delete(pages, places[coded])
         if tokens is not None:
             self._forget(pages)
-            self._page_tokens[cow.dst] = self._page_tokens[cow.src]
+            if leaving.size:
+                self._page_tokens[cow.dst] = self._page_tokens[cow.src]
         lost = NO_MEMBERS
         if leaving.size and self.num_sinks:
             lost, sink_copies = self._copy_sinks(cow, leaving, at[1] == 0, old.num_sinks)
@@ -267,5 +268,4 @@ class Steps(PublishedBlocks):
         return PageCopies(src[used], dst[used])
 
 
-NO_MEMBERS: Int64 = np.empty(0, np.int64)
 NO_FLAGS: Bools = np.empty(0, np.bool_)

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, OutOfPages
 from ..paging import PageTables, SharingOptions
 from ..paging.arguments import integer
 from ..paging.block_keys import token_array
@@ -34,6 +34,15 @@ class PrefixCacheStats(msgspec.Struct):
     requests: int = 0
     queries: int = 0
     hits: int = 0
+
+
+class Holding:
+    """What the manager knows of a request that holds pages."""
+
+    __slots__ = ("num_published", "seq_id")
+
+    def __init__(self, seq_id: int, num_published: int) -> None:
+        self.seq_id, self.num_published = seq_id, num_published
 
 
 class BlockManager:
@@ -99,7 +108,7 @@ class BlockManager:
         self._log: EventLog | None = None
         if enable_events and tables.prefix is not None:
             self._log = tables.prefix.observer = EventLog(block_size)
-        self._sequences: dict[str, int] = {}
+        self._holdings: dict[str, Holding] = {}
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -115,11 +124,12 @@ class BlockManager:
 
     def sequence_of(self, request_id: str) -> int | None:
         """Return the sequence of a request in `tables`, None if it holds nothing."""
-        return self._sequences.get(request_id)
+        holding = self._holdings.get(request_id)
+        return None if holding is None else holding.seq_id
 
     def get_block_ids(self, request_id: str) -> tuple[list[int]]:
         """Return the pages of a request by cache group; none if it holds nothing."""
-        seq_id = self._sequences.get(request_id)
+        seq_id = self.sequence_of(request_id)
         if seq_id is None:
             return ([],)
         pages: list[int] = self.tables.block_table(np.array([seq_id]))[0].tolist()
@@ -132,7 +142,7 @@ class BlockManager:
     def get_num_common_prefix_blocks(self, request_id: str) -> list[int]:
         """Return how many leading pages of a request every request holds, by cache group."""
         pages = self.get_block_ids(request_id)[0]
-        everyone = self.tables.pool.ref_counts[pages] == len(self._sequences)
+        everyone = self.tables.pool.ref_counts[pages] == len(self._holdings)
         return [len(pages) if everyone.all() else int(np.argmin(everyone))]
 
     def make_prefix_cache_stats(self) -> PrefixCacheStats | None:
@@ -223,54 +233,53 @@ class BlockManager:
             raise ArgumentError(f"request {request.request_id}: no token to allocate slots for")
         size, tables = self.block_size, self.tables
         pages = () if new_computed_blocks is None else new_computed_blocks.page_ids
-        seq_id = self._sequences.get(request.request_id)
-        if seq_id is None:
-            held = len(pages)
-        else:
-            if pages:
-                raise ArgumentError(f"request {request.request_id} holds blocks already")
-            held = -(-tables.length_of(seq_id) // size)
+        reserved = checked_count("reserved_blocks", reserved_blocks)
+        holding = self._holdings.get(request.request_id)
+        if holding is not None and pages:
+            raise ArgumentError(f"request {request.request_id} holds blocks already")
         computed = request.num_computed_tokens + found + external
-        target = computed + new + lookahead
-        total = request.num_tokens
-        if self.max_model_len is not None:
-            target, total = min(target, self.max_model_len), min(total, self.max_model_len)
-        need = -(-target // size) - held
+        target = whole = computed + new + lookahead
         if full_sequence_must_fit:
-            need = max(need, -(-total // size) - held)
-        # Most steps of a running request stay inside its last page: nothing to check then.
-        if need > 0 or pages:
-            need = max(need, 0)
+            whole = max(target, request.num_tokens)
+        if self.max_model_len is not None:
+            target, whole = min(target, self.max_model_len), min(whole, self.max_model_len)
+        if holding is None:
+            need = max(-(-whole // size) - len(pages), 0)
             if pages:
                 need += int(np.count_nonzero(tables.pool.ref_counts[np.array(pages)] == 0))
-            if seq_id is None and has_scheduled_reqs:
+            if has_scheduled_reqs:
                 need += self.watermark_blocks
-            if need > tables.pool.num_free - checked_count("reserved_blocks", reserved_blocks):
+            if need > tables.pool.num_free - reserved:
                 return None
-        if seq_id is None:
             seq_id = tables.open_on(request.block_hashes[: len(pages)], pages)
-            self._sequences[request.request_id] = seq_id
-        taken = tables.lengthen(seq_id, target)
+            holding = self._holdings[request.request_id] = Holding(seq_id, len(pages))
+        elif whole > target:
+            need = -(-whole // size) - -(-tables.length_of(holding.seq_id) // size)
+            if need > tables.pool.num_free - reserved:
+                return None
+        try:
+            taken = tables.lengthen(holding.seq_id, target, reserved)
+        except OutOfPages:
+            return None
         if self.enable_caching and not delay_cache_blocks:
             # Drafts are not among the request's tokens yet.
-            self._publish(seq_id, request, min(computed + new, request.num_tokens))
+            self._publish(holding, request, min(computed + new, request.num_tokens))
         return Blocks(taken) if taken else NO_BLOCKS
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Publish the whole blocks among the first so many tokens of a request."""
-        seq_id = self._sequences.get(request.request_id)
-        if self.enable_caching and seq_id is not None:
-            self._publish(
-                seq_id, request, checked_count("num_computed_tokens", num_computed_tokens)
-            )
+        holding = self._holdings.get(request.request_id)
+        computed = checked_count("num_computed_tokens", num_computed_tokens)
+        if self.enable_caching and holding is not None:
+            self._publish(holding, request, computed)
 
     # -- giving back -------------------------------------------------------------------------
 
     def free(self, request: Request) -> None:
         """Take all pages from a request, the last block's first; fine if it holds nothing."""
-        seq_id = self._sequences.pop(request.request_id, None)
-        if seq_id is not None:
-            self.tables.close(seq_id)
+        holding = self._holdings.pop(request.request_id, None)
+        if holding is not None:
+            self.tables.close(holding.seq_id)
 
     def evict_blocks(self, block_ids: Iterable[int]) -> None:
         """Let pages be found no longer; their owners keep them."""
@@ -280,13 +289,13 @@ class BlockManager:
         """Forget every block, unless a request holds pages; return whether it was done."""
         return self.tables.reset_prefix_cache()
 
-    def _publish(self, seq_id: int, request: Request, num_tokens: int) -> None:
-        count = num_tokens // self.block_size
-        done = self.tables.num_published(seq_id)
+    def _publish(self, holding: Holding, request: Request, num_tokens: int) -> None:
+        count, done, size = num_tokens // self.block_size, holding.num_published, self.block_size
         if count <= done:
             return
         tokens = None
         if self._log is not None:
-            size = self.block_size
             tokens = token_array("all_token_ids", request.all_token_ids[done * size : count * size])
-        self.tables.publish_keys(seq_id, request.block_hashes[done:count], tokens)
+        keys = request.block_hashes[done:count]
+        self.tables.publish_keys(holding.seq_id, keys, tokens)
+        holding.num_published += len(keys)
