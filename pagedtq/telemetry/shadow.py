@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..backends.host_score import Scores
 from ..cache import MemoryReport, PagedKVCache
 from ..config import CacheConfig, Dtype, Exact
-from ..errors import ArgumentError, CapacityError
+from ..errors import ArgumentError, CapacityError, UnsupportedError
 from ..paging.eviction import EvictionPolicy
 from ..paging.step_plan import StepPlan
 from .quantiles import ErrorQuantiles, LogHistogram
@@ -116,6 +116,9 @@ class ShadowedCache(PagedKVCache):
         chosen = list(range(count)) if layers is None else list(layers)
         if not chosen or any(not -count <= layer < count for layer in chosen):
             raise ArgumentError(f"layers must be some of [0, {count - 1}], got {chosen}")
+        if options.get("sharing") is not None:
+            # A sequence that begins with shared pages has tokens its shadow never saw.
+            raise UnsupportedError("a shadowed cache does not share prefixes; leave sharing out")
         super().__init__(config, backend, **options)
         self.fraction = fraction
         self._places = {layer: i for i, layer in enumerate(sorted({i % count for i in chosen}))}
@@ -142,9 +145,16 @@ class ShadowedCache(PagedKVCache):
         }
         self._chosen = np.zeros(0, np.bool_)
 
-    def open(self) -> int:
+    def open(
+        self,
+        token_ids: Sequence[int] | Array | None = None,
+        *,
+        salt: bytes = b"",
+        extra_keys: Mapping[int, bytes] | None = None,
+        block_keys: Sequence[bytes] | None = None,
+    ) -> int:
         """Open an empty sequence, with or without a shadow."""
-        seq_id = super().open()
+        seq_id = super().open(token_ids, salt=salt, extra_keys=extra_keys, block_keys=block_keys)
         self._opened += 1
         if self._random.random() < self.fraction:
             self._twins[seq_id] = self.shadow.open()
@@ -184,10 +194,13 @@ class ShadowedCache(PagedKVCache):
         self.shadow.tables.evict(twin, blocks, boundary)
 
     def begin_step(
-        self, seq_ids: SeqIds, num_new_tokens: int | Sequence[int] | Array = 1
+        self,
+        seq_ids: SeqIds,
+        num_new_tokens: int | Sequence[int] | Array = 1,
+        token_ids: Sequence[int] | Array | None = None,
     ) -> StepPlan:
         """Open a step, and one of the shadows of its members."""
-        plan = super().begin_step(seq_ids, num_new_tokens)
+        plan = super().begin_step(seq_ids, num_new_tokens, token_ids)
         members = [seq for seq in plan.seq_ids.tolist() if seq in self._twins]
         counts = dict(zip(plan.seq_ids.tolist(), plan.num_new.tolist()))
         while True:
@@ -211,9 +224,9 @@ class ShadowedCache(PagedKVCache):
             mine = self._chosen
             self.shadow.store(self._places[layer], keys[mine], values[mine], dtype)
 
-    def commit(self) -> None:
+    def commit(self, publish_to: Sequence[int] | Array | None = None) -> None:
         """Close the open step."""
-        super().commit()
+        super().commit(publish_to)
         # A step without tokens may end without a layer stored.
         self.shadow.commit()
 

@@ -175,7 +175,7 @@ def test_bytes_behind_the_end_are_refused(target, snapshot, load):
         ({"num_filled": 0}, WireMalformed, "sequences"),
         ({"metadata_bytes": 4}, WireMalformed, "metadata_bytes"),
         ({"total_bytes": 100}, WireMalformed, "total_bytes"),
-        ({"total_bytes": 1600}, WireMalformed, "total_bytes"),
+        ({"total_bytes": 1 << 20}, WireMalformed, "total_bytes"),
         ({"means_bytes": 4}, WireMalformed, "means_bytes"),
     ],
 )
