@@ -26,6 +26,9 @@ from pagedtq.errors import (
     StepError,
     UnknownSequence,
     UnsupportedError,
+    WireChecksum,
+    WireError,
+    WireTruncated,
     WorkloadError,
 )
 
@@ -43,6 +46,7 @@ SAMPLES = [
     OutOfPages(12, 3, 1024),
     OutOfWindowSlots(1, 0, 64),
     WorkloadError("trace.csv", 17, "expected 3 columns, got 2"),
+    WireChecksum("page 3", 640, "CRC32 is 0000beef, its footer says 0000dead"),
 ]
 
 
@@ -64,6 +68,8 @@ def test_every_error_is_caught_by_the_base_and_documented(kind):
         (SlotError, ValueError),
         (EvictedError, ValueError),
         (WorkloadError, ValueError),
+        (WireError, ValueError),
+        (WireTruncated, WireError),
         (UnknownSequence, KeyError),
         (ArgumentTypeError, TypeError),
         (StepError, RuntimeError),
@@ -94,6 +100,12 @@ def test_workload_error_reads_like_a_compiler_message():
     error = WorkloadError("trace.csv", 17, "expected 3 columns, got 2")
     assert str(error) == "trace.csv:17: expected 3 columns, got 2"
     assert (error.path, error.line) == ("trace.csv", 17)
+
+
+def test_wire_error_says_which_field_and_where():
+    error = WireTruncated("page 3", 640, "expected 136 bytes, 7 are left")
+    assert str(error) == "page 3 at byte 640: expected 136 bytes, 7 are left"
+    assert (error.field, error.offset) == ("page 3", 640)
 
 
 def test_unknown_sequence_prints_its_message_without_quotes():

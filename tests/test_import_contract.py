@@ -47,6 +47,7 @@ def test_imports_of_the_package_point_one_way(copy):
         ("cache", "pagedtq.serving"),
         ("serving", "pagedtq.sim"),
         ("sim", "pagedtq.cli"),
+        ("wire", "pagedtq.telemetry"),
     ],
 )
 def test_forbidden_import_breaks_the_contract(copy, module, forbidden):

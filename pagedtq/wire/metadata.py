@@ -55,7 +55,8 @@ class Metadata(NamedTuple):
     @property
     def sink_rows(self) -> list[int]:
         """Rows of each sink record, which belong to `SequenceImage.first_pages` in order."""
-        if not self.config.num_sinks:
+        # Bare pages have no sinks, and their number is a promise until they have come.
+        if not self.config.num_sinks or not len(self.image.states):
             return []
         rows: list[int] = self.image.sink_rows(self.config.page_size).tolist()
         return rows

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
-from wire_caches import append, assert_same_sequence, busy_cache, frozen, one_sequence, small_config
+from wire_caches import (
+    append,
+    assert_same_sequence,
+    busy_cache,
+    frozen,
+    one_sequence,
+    small_config,
+    with_header,
+)
 
 from pagedtq import KeepFirstLast, PagedKVCache
 from pagedtq.errors import (
@@ -16,6 +26,7 @@ from pagedtq.errors import (
     WireChecksum,
     WireError,
     WireMismatch,
+    WireTruncated,
 )
 from pagedtq.wire import export_pages, export_sequence, import_pages, import_sequence
 
@@ -210,6 +221,21 @@ def test_bare_pages_arrive_as_slabs_in_the_order_asked_for():
     data = b"".join(export_pages(cache, pages))
     np.testing.assert_array_equal(import_pages(other, cut(data, 100)), slabs)
     assert import_pages(other, export_pages(cache, pages[:0])).shape == (0, slabs.shape[1])
+
+
+def test_bare_pages_that_are_only_promised_take_no_memory():
+    cache, _ = one_sequence()
+    data = b"".join(export_pages(cache, np.array([1, 2])))
+    many = (1 << 31) - 1
+    total = len(data) + (many - 2) * (cache.backend.layout.page_bytes + 8)
+    promise = with_header(data, num_pages=many, num_filled=many, total_bytes=total)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireTruncated, match="page 0 at byte"):
+            import_pages(cache, [promise])
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_bare_pages_are_checked_as_sequences_are():
