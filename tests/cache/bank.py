@@ -1,6 +1,6 @@
 """Tokens with known bytes: what each one becomes when it is encoded alone.
 
-A `TokenBank` holds a few hundred tokens of one configuration. For every layer and plane it knows
+A `TokenBank` holds some tokens of one configuration. For every layer and plane it knows
 the bytes that a page must hold for a token, taken from encoding that token by itself, and what they
 decode to. `token_bytes` reads the bytes a pool really holds, by the arithmetic of the documented
 layout and not through the library's own views.
@@ -140,7 +140,7 @@ class TokenBank:
 
 
 @cache
-def bank_of(name: str, kv_dtype: str, head_dim: int = 16, count: int = 300) -> TokenBank:
+def bank_of(name: str, kv_dtype: str, head_dim: int = 16, count: int = 160) -> TokenBank:
     """The bank of a named configuration; page size and window do not matter to it."""
     return TokenBank(
         make_config(name, kv_dtype=kv_dtype, head_dim=head_dim, num_pages=2), count=count

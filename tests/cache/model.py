@@ -255,8 +255,8 @@ class CheckedCache:
 
     # -- claims ------------------------------------------------------------------------------
 
-    def check(self, seq_ids: list[int] | None = None) -> None:
-        """Prove that the cache and the model agree, for some sequences or for all."""
+    def check(self, seq_ids: list[int] | None = None, layers: list[int] | None = None) -> None:
+        """Prove that the cache and the model agree, for some sequences and layers or for all."""
         self.cache.check_integrity()
         seq_ids = list(self.sequences) if seq_ids is None else seq_ids
         stats = self.cache.stats()
@@ -265,7 +265,7 @@ class CheckedCache:
         for seq_id in seq_ids:
             assert self.cache.length(seq_id) == len(self.sequences[seq_id].tokens)
             assert tuple(self.cache.state(seq_id)) == self.sequences[seq_id].state
-        for layer in range(LAYERS):
+        for layer in range(LAYERS) if layers is None else layers:
             self._check_layer(layer, seq_ids)
 
     def _check_layer(self, layer: int, seq_ids: list[int]) -> None:

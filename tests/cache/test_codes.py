@@ -30,14 +30,14 @@ SHAPES = [(16, 0), (16, 16), (16, 32), (64, 0), (64, 64), (64, 128)]
 LENGTH = 3 * 64 + 21
 
 
-def chunkings(page_size: int) -> dict[str, list[int]]:
+def chunkings(page_size: int, length: int = LENGTH) -> dict[str, list[int]]:
     sizes = {"1": 1, "P-1": page_size - 1, "P": page_size, "P+1": page_size + 1}
-    sizes |= {"3P+5": 3 * page_size + 5, "at once": LENGTH}
+    sizes |= {"3P+5": 3 * page_size + 5, "at once": length}
     cuts = {}
     for name, size in sizes.items():
-        whole, rest = divmod(LENGTH, size)
+        whole, rest = divmod(length, size)
         cuts[name] = [size] * whole + [rest] * (rest > 0)
-    cuts["mixed"] = [0, 1, page_size, 2, page_size - 1, 0, LENGTH - 2 * page_size - 2]
+    cuts["mixed"] = [0, 1, page_size, 2, page_size - 1, 0, length - 2 * page_size - 2]
     return cuts
 
 
@@ -62,11 +62,11 @@ def feed(kv_cache, seq_id, keys, values, sizes, **options):
     assert at == keys.shape[1]
 
 
-def reference(name, page_size, window, **fields):
+def reference(name, page_size, window, length=LENGTH):
     """The bytes after one append of everything to a fresh cache."""
-    kv_cache = build(name, page_size, window, **fields)
+    kv_cache = build(name, page_size, window)
     seq_id = kv_cache.open()
-    kv_cache.append(seq_id, *tokens())
+    kv_cache.append(seq_id, *(a[:, :length] for a in tokens()))
     return resident_bytes(kv_cache, seq_id)
 
 
@@ -88,11 +88,13 @@ def assert_same(left, right):
 @pytest.mark.parametrize(("page_size", "window"), SHAPES)
 @pytest.mark.parametrize("name", [*PRESETS, "mixed"])
 def test_chunking_does_not_change_a_byte(name, page_size, window):
-    expected = reference(name, page_size, window)
-    for sizes in chunkings(page_size).values():
+    length = 3 * page_size + 21
+    keys, values = (a[:, :length] for a in tokens())
+    expected = reference(name, page_size, window, length)
+    for sizes in chunkings(page_size, length).values():
         kv_cache = build(name, page_size, window)
         seq_id = kv_cache.open()
-        feed(kv_cache, seq_id, *tokens(), sizes)
+        feed(kv_cache, seq_id, keys, values, sizes)
         assert resident_bytes(kv_cache, seq_id) == expected
 
 
@@ -252,6 +254,42 @@ class TestHistory:
             at = cut
         kv_cache.append(seq_id, keys[:, at:], values[:, at:])
         assert_same(resident_bytes(kv_cache, seq_id), expected)
+
+
+@pytest.mark.parametrize("window", [0, P, 2 * P])
+@pytest.mark.parametrize("name", ["k4v4", "k3v3", "mixed"])
+def test_key_bounds_of_full_pages_enclose_the_coded_keys_whatever_the_history(name, window):
+    keys, values = tokens()
+    found = []
+    for sizes in (*(chunkings(P)[size] for size in ("P-1", "3P+5", "at once")), None):
+        kv_cache = build(name, window=window, key_bounds=True)
+        seq_id = kv_cache.open()
+        if sizes is None:
+            kv_cache.append(seq_id, *(a[:, : 4 * P] for a in tokens(seed=8)))
+            kv_cache.truncate(seq_id, 0)
+            kv_cache.append(seq_id, keys[:, : P + 3], values[:, : P + 3])
+            kv_cache.append(seq_id, *(a[:, : 2 * P] for a in tokens(seed=8)))
+            kv_cache.truncate(seq_id, P + 3)
+            seq_id = kv_cache.fork(seq_id)
+            kv_cache.append(seq_id, keys[:, P + 3 :], values[:, P + 3 :])
+        else:
+            feed(kv_cache, seq_id, keys, values, sizes)
+        layer = LAYERS - 1
+        layout = kv_cache.backend.layout
+        pages = kv_cache.tables.block_table([seq_id])[0][: LENGTH // P]
+        bounds = layout.plane_view(kv_cache.backend.pool, layer, "key_bounds")[pages]
+        found.append(bounds.copy())
+    assert all((bounds == found[0]).all() for bounds in found)
+    if window == 0:
+        decoded = kv_cache.load(layer, seq_id)[0]
+        rotation = kv_cache.backend.layers[layer].codecs[0].rotation
+        coded = rotation.forward(decoded)[: LENGTH // P * P].reshape(-1, P, HEADS, 16)
+        slack = 1e-5 * np.abs(coded).max()
+        assert (found[0][:, :, 0] <= coded.min(axis=1) + slack).all()
+        assert (found[0][:, :, 1] >= coded.max(axis=1) - slack).all()
+        # Rounded outwards to float16, and no further.
+        np.testing.assert_allclose(found[0][:, :, 0], coded.min(axis=1), rtol=2e-3, atol=slack)
+        np.testing.assert_allclose(found[0][:, :, 1], coded.max(axis=1), rtol=2e-3, atol=slack)
 
 
 def assert_prefix(kv_cache, seq_id, expected, cut):

@@ -81,6 +81,36 @@ class TestBeginStep:
         run.append({new[0]: 7, first: 1})
         run.check([first, *new[:2]])
 
+    @pytest.mark.parametrize("debug", [False, True])
+    @pytest.mark.parametrize("name", ["k3v3", "prod4v4"])
+    def test_norms_of_fresh_pages_are_zero_whatever_lay_there(self, name, debug):
+        config = make_config(name, window=0, num_pages=8, page_size=P, key_bounds=True)
+        kv_cache = PagedKVCache(config, num_threads=1, debug=debug)
+        kv_cache.backend.pool[:] = 0x5A
+        seq_id = kv_cache.open()
+        grow(kv_cache, seq_id, P + 3)
+        layout, pages = kv_cache.backend.layout, kv_cache.tables.block_table([seq_id])[0]
+        for layer in range(LAYERS):
+            for plane in layout.extents[layer].planes:
+                found = layout.plane_view(kv_cache.backend.pool, layer, plane)[pages[1]]
+                unwritten = found[:, 2:] if found.shape[1] < P else found[:, 4:]
+                if plane.endswith("_norms") or plane == "key_bounds":
+                    assert not (found if plane == "key_bounds" else unwritten).view("u2").any()
+                else:
+                    assert (unwritten.view("u1") == (0xFF if debug else 0x5A)).all()
+
+    def test_freed_pages_are_poisoned_in_debug_mode(self):
+        kv_cache = build(window=P)
+        seq_id = kv_cache.open()
+        grow(kv_cache, seq_id, 4 * P)
+        pages = kv_cache.tables.block_table([seq_id])[0]
+        kv_cache.evict(seq_id, [1])
+        kv_cache.truncate(seq_id, 3 * P)
+        assert (kv_cache.backend.pages.gather(pages[[1, 3]]) == 0xFF).all()
+        assert not (kv_cache.backend.pages.gather(pages[[0, 2]]) == 0xFF).all()
+        kv_cache.close(seq_id)
+        assert (kv_cache.backend.pages.gather(pages) == 0xFF).all()
+
     def test_an_empty_step_needs_no_layer(self):
         kv_cache = build()
         kv_cache.begin_step([], [])
