@@ -7,25 +7,18 @@ date, command and seed. Nothing is measured here.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import pagedtq
+from pagedtq.telemetry import benchmark_receipt
 
 RESULTS = Path(__file__).parent / "results"
-
-#: Distributions whose version is recorded when the benchmark has loaded them.
-_PEERS = ("torch", "cupy", "scipy", "transformers", "turboquant", "threadpoolctl")
 
 
 def arguments(
@@ -96,19 +89,19 @@ def publish(
     if json_path is None and quick:
         return None
     path = RESULTS / f"{name}.json" if json_path is None else Path(json_path)
-    result = {
-        "name": name,
-        "rows": [{key: _plain(value) for key, value in row.items()} for row in rows],
-        "notes": list(notes),
-        "versions": _versions(),
-        "machine": _machine(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": _command(name),
-        "seed": seed,
-        "quick": quick,
-    }
+    source = Path(__file__).with_name(f"{name}.py")
+    receipt = benchmark_receipt(
+        name,
+        rows,
+        command=_command(name),
+        notes=notes,
+        seed=seed,
+        quick=quick,
+        # All inputs follow from the program and its seed.
+        inputs=[source.read_bytes()] if source.is_file() else [],
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_bytes(receipt.to_json())
     return path
 
 
@@ -154,42 +147,6 @@ def _cell(value: Any) -> str:
             return f"{number:.3g}"
         return f"{number:.4g}" if abs(number) < 1000 else f"{number:,.0f}"
     return str(value)
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold: NumPy scalars as Python's, NaN and infinity as text."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not np.isfinite(value):
-        return str(value)
-    return value
-
-
-def _versions() -> dict[str, str]:
-    versions = {
-        "pagedtq": pagedtq.__version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "msgspec": metadata.version("msgspec"),
-    }
-    for peer in _PEERS:
-        module = sys.modules.get(peer)
-        if module is not None:
-            versions[peer] = str(getattr(module, "__version__", "unknown"))
-    return versions
-
-
-def _machine() -> dict[str, Any]:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for entry in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if entry.startswith("model name"):
-                model = entry.partition(":")[2].strip()
-                break
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count()
-    return {"cpu": model, "cores": cores, "system": f"{platform.system()} {platform.machine()}"}
 
 
 def _command(name: str) -> str:
