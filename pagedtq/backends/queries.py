@@ -137,7 +137,7 @@ def prepare_queries(
     qjl = offset = None
     if codec.projection is not None:
         sketch = codec.projection.project(rotated) * (scale * codec.projection.factor)
-        qjl = sketch.reshape(*values.shape[:3], sketch.shape[-1])
+        qjl = sketch.reshape(count, heads, group, codec.projection.rows)
     if mean is not None:
         offset = np.einsum("thgd,hd->thg", values, mean.astype(np.float64)) * scale
     return PreparedQueries((rotated * scale).reshape(values.shape), qjl, offset)

@@ -62,6 +62,17 @@ def test_attention_and_scores_are_those_of_the_loaded_tensors(keys, values, wind
 
 
 @pytest.mark.parametrize(("keys", "values"), PAIRS)
+def test_empty_batches_and_sequences_read_as_nothing(keys, values):
+    cache = cache_of(keys, values, window=0)
+    out, lse = cache.attend(0, np.zeros((0, HEADS, D), np.float32), [])
+    assert out.shape == (0, HEADS, D) and lse.shape == (0, HEADS)
+    seq = cache.open()
+    out, lse = cache.attend(0, draw(1, HEADS, D), seq)
+    assert not out.any() and np.isneginf(lse).all()
+    assert cache.score(0, draw(1, HEADS, D), seq).values.shape == (HEADS, 0)
+
+
+@pytest.mark.parametrize(("keys", "values"), PAIRS)
 def test_pages_hold_what_the_codec_encodes(keys, values):
     cache = cache_of(keys, values, window=0)
     seq, tokens = cache.open(), draw(2, 2, 20, HEADS, D)
