@@ -53,8 +53,8 @@ def peer(vectors: np.ndarray) -> dict[str, Callable[[], Any]]:
     except ImportError:
         return {}
     # The package calls a function that NumPy has renamed.
-    if not hasattr(np, "trapz"):  # noqa: NPY201
-        setattr(np, "trapz", np.trapezoid)  # noqa: B010, NPY201
+    if not hasattr(np, "trapz"):
+        setattr(np, "trapz", np.trapezoid)  # noqa: B010
     try:
         from turboquant import TurboQuantMSE
     except ImportError:

@@ -64,7 +64,7 @@ class TurboQuant(
     projection : {"gaussian", "orthogonal"}
         The QJL matrix of ``"prod"``.
     unit_norm : bool
-        Refuse vectors with ``abs(norm - 1) > 1e-5``.
+        Refuse vectors with ``abs(norm - 1) > 1e-5`` as they come, before ``kv_dtype`` rounds them.
     """
 
     bits: int = 4

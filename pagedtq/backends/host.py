@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import CacheConfig, Dtype
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..paging.arguments import integer
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
 from .dtypes import check_shape
@@ -35,7 +36,8 @@ class HostBackend:
     key_means : ndarray of float32 ``[num_layers, num_kv_heads, head_dim]`` or None
         Subtracted from keys before coding. Exact for softmax; scores and lse add it back.
     accumulate : {"float32", "float64"}
-        Type of all arithmetic after decoding.
+        Type of weighted sums and outputs. Scores and softmax denominators are float64 always: the
+        largest logits decide the result, and float32 rounds them by too much.
     num_threads : int or None
         Threads for large calls; None for one per available CPU.
 
@@ -44,7 +46,7 @@ class HostBackend:
     pool : ndarray of uint8
         All pages (`PageLayout` says where everything lies).
     pages : PageBytes
-        Whole-page operations.
+        Whole pages of the pool; `copy_pages` and its like are its operations.
     page_owners : ndarray of int ``[num_pages]`` or None
         Reference counts of the pages, when a page pool is attached; `store` and `load` then refuse
         pages without an owner.
@@ -161,6 +163,7 @@ class HostBackend:
         soft_cap: float | None = None,
         sink_logits: Array | None = None,
         window_left: int | None = None,
+        alibi_slopes: object = None,
     ) -> tuple[Array, Array]:
         """Attend over the coded (or exact) pages of a batch.
 
@@ -186,14 +189,18 @@ class HostBackend:
             Learned sink: a logit per head that takes mass and adds nothing to ``out``.
         window_left : int, optional
             Sliding-window layers: a query at p reads positions ``>= p - window_left`` only.
+        alibi_slopes : None
+            Not supported: anything else is refused.
 
         Returns
         -------
         out : ndarray ``[tokens, num_q_heads, head_dim]``
-        lse : ndarray ``[tokens, num_q_heads]``
+        lse : ndarray of float64 ``[tokens, num_q_heads]``
             Natural log of the softmax denominator over true logits; -inf (and ``out`` 0) where
             nothing is readable.
         """
+        if alibi_slopes is not None:
+            raise UnsupportedError("ALiBi is not supported: alibi_slopes must be None")
         one = self._layer(layer)
         tokens = self._tokens(queries, reads, q_lens, window_left)
         _check_scale(sm_scale, soft_cap)
@@ -206,7 +213,7 @@ class HostBackend:
             reads = without_chunk(reads, tokens.q_lens)
         state = one.attend(tokens, block_table, reads, sm_scale, soft_cap)
         if chunk is not None:
-            own = attend_chunk(tokens, chunk, sm_scale, soft_cap)
+            own = attend_chunk(tokens, chunk, sm_scale, soft_cap, self.dtype)
             state = merge_states((state[0], own[0]), (state[1], own[1]))
         return add_sink(*_by_query_head(*state), sink_logits)
 
@@ -235,7 +242,7 @@ class HostBackend:
         _check_scale(sm_scale, soft_cap)
         if chunk_apart:
             reads = without_chunk(reads, tokens.q_lens)
-        rows = WindowRows(tokens.values * self.dtype.type(sm_scale), tokens.last, tokens.floor)
+        rows = WindowRows(tokens.values * sm_scale, tokens.last, tokens.floor)
         out, lse = window.attend(
             rows, tokens.q_lens, window_slots, sink_records, reads, soft_cap, self.dtype
         )
@@ -272,18 +279,49 @@ class HostBackend:
         one = self._layer(layer)
         return one.load(check_slots(self.config, self.page_owners, slots, None))
 
+    # -- whole pages -------------------------------------------------------------------------
+
+    def copy_pages(self, src: Array, dst: Array) -> None:
+        """Copy whole pages, all layers and heads: ``dst[i]`` becomes ``src[i]``.
+
+        Parameters
+        ----------
+        src, dst : ndarray of int ``[n]``
+            Page ids in ``[1, num_pages)``; no page is both source and destination.
+
+        Raises
+        ------
+        ArgumentError
+            An id outside the pool; nothing was copied.
+        """
+        self.pages.copy(src, dst)
+
+    def clear_norms(self, pages: Array) -> None:
+        """Zero the norm planes and key bounds of pages, so that no stale norm is ever NaN."""
+        self.pages.clear_norms(pages)
+
+    def fill_pages(self, pages: Array, byte: int) -> None:
+        """Fill whole pages with one byte (poison, in debug mode)."""
+        self.pages.fill(pages, byte)
+
+    def gather(self, pages: Array) -> Array:
+        """Copy pages out of the pool as slabs ``uint8[n, page_bytes]`` (see `PageLayout`)."""
+        return self.pages.gather(pages)
+
+    def scatter(self, slabs: Array, pages: Array) -> None:
+        """Copy slabs ``uint8[n, page_bytes]`` into pages of the pool."""
+        self.pages.scatter(slabs, pages)
+
     # -- parts -------------------------------------------------------------------------------
 
     def _layer(self, layer: int) -> HostLayer:
-        if not 0 <= layer < self.config.num_layers:
-            raise ArgumentError(f"layer must be in [0, {self.config.num_layers - 1}], got {layer}")
-        return self.layers[layer]
+        return self.layers[integer("layer", layer, 0, self.config.num_layers - 1)]
 
     def _tokens(
         self, queries: Array, reads: Reads, q_lens: Array | None, window_left: int | None
     ) -> QueryTokens:
         heads, dim = self.config.num_kv_heads, self.config.head_dim
-        return check_queries(queries, reads, q_lens, heads, dim, window_left, self.dtype)
+        return check_queries(queries, reads, q_lens, heads, dim, window_left)
 
 
 def without_chunk(reads: Reads, q_lens: Array) -> Reads:
@@ -300,6 +338,9 @@ def _by_query_head(out: Array, lse: Array) -> tuple[Array, Array]:
 
 
 def _check_scale(sm_scale: float, soft_cap: float | None) -> None:
+    for name, value in (("sm_scale", sm_scale), ("soft_cap", 0 if soft_cap is None else soft_cap)):
+        if not isinstance(value, float | int | np.floating | np.integer):
+            raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
     if not np.isfinite(sm_scale):
         raise ArgumentError(f"sm_scale must be finite, got {sm_scale}")
     if soft_cap is not None and not (np.isfinite(soft_cap) and soft_cap > 0):

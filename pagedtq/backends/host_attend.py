@@ -19,8 +19,8 @@ from .work_arrays import work_array
 Array = npt.NDArray[Any]
 
 # NumPy's OpenBLAS takes a process-wide lock when a product is large enough for its own threads,
-# which would serialise ours; products over at most this many tokens stay below that size.
-_CHUNK_TOKENS = 128
+# which would serialise ours; products over this many tokens stay below that size.
+_CHUNK_TOKENS = 64
 _TILE_TOKENS = 4096
 _SCORE_ELEMENTS = 1 << 20
 
@@ -98,11 +98,21 @@ def span_of(table_row: Array, page_size: int, reads: tuple[int, int, int, int]) 
 
 
 class Tile(NamedTuple):
-    """Scores of one tile: ``[chunks, rows, chunk_tokens]``, -inf where not readable."""
+    """Scores of one tile.
+
+    Attributes
+    ----------
+    pages : ndarray ``[n]``
+        The pages.
+    scores : ndarray of float64 ``[chunks, rows, chunk_tokens]``
+        -inf where a row does not read.
+    unread : ndarray of int
+        Tokens of the tile that no row reads; their slots may never have been written.
+    """
 
     pages: Array
     scores: Array
-    readable: Array | None
+    unread: Array
 
 
 class PageAttention:
@@ -119,29 +129,30 @@ class PageAttention:
         self.values = values
         self.page_size = keys.page_size
         self.head_dim = keys.head_dim
-        self.dtype = keys.dtype
+        self.dtype = values.dtype
 
     def tiles(self, span: Span, head: int, rows: Rows, soft_cap: float | None) -> Iterator[Tile]:
         """Yield the scores of a span, tile by tile, in block order."""
         for part in self._parts(len(span.pages), len(rows.keys)):
             pages, blocks = span.pages[part], span.blocks[part]
-            cut = not span.whole[part].all()
-            readable = self._readable(span, blocks, rows, cut)
-            scores = self._scores(pages, head, rows, readable)
+            unread = self._unread(span, blocks, span.whole[part])
+            scores = self._scores(pages, head, rows, unread)
             if soft_cap is not None:
                 if rows.offset is not None:
                     scores += rows.offset[:, None]
                 scores /= soft_cap
                 np.tanh(scores, out=scores)
                 scores *= soft_cap
-            if readable is not None:
-                np.copyto(scores, -np.inf, where=~readable)
-            yield Tile(pages, scores, readable)
+            if unread.size:
+                chunk, token = np.divmod(unread, scores.shape[2])
+                scores[chunk, :, token] = -np.inf
+            self._mask(scores, blocks, rows)
+            yield Tile(pages, scores, unread)
 
     def scores(self, span: Span, head: int, rows: Rows) -> Array:
         """Return true scores ``[rows, len(span.pages) * page_size]`` of a span's blocks."""
         count = len(rows.keys)
-        flat = np.empty((count, len(span.pages) * self.page_size), self.dtype)
+        flat = np.empty((count, len(span.pages) * self.page_size))
         at = 0
         for tile in self.tiles(span, head, rows, None):
             part = tile.scores.transpose(1, 0, 2).reshape(count, -1)
@@ -160,74 +171,63 @@ class PageAttention:
         -------
         out : ndarray ``[rows, head_dim]``
             Normalised, in the space of the stored values.
-        lse : ndarray ``[rows]``
+        lse : ndarray of float64 ``[rows]``
             Natural log of the denominator, of true logits; -inf where nothing is readable.
         """
         count = len(rows.keys)
         total = np.zeros((count, self.head_dim), self.dtype)
-        top = np.full(count, -np.inf, self.dtype)
-        mass = np.zeros(count, self.dtype)
+        top = np.full(count, -np.inf)
+        mass = np.zeros(count)
         for tile in self.tiles(span, head, rows, soft_cap):
             peak = np.maximum(top, tile.scores.max(axis=(0, 2)))
             # Rows that have read nothing yet keep a finite reference: exp(-inf) is then 0.
-            reference = np.where(np.isneginf(peak), 0, peak).astype(self.dtype)
+            reference = np.where(np.isneginf(peak), 0, peak)
             weights = tile.scores
             weights -= reference[:, None]
             np.exp(weights, out=weights)
             decay = np.exp(top - reference)
             mass = mass * decay + weights.sum(axis=(0, 2))
-            total *= decay[:, None]
-            total += self._weighted_values(tile, head, weights)
+            total *= decay[:, None].astype(self.dtype)
+            total += self._weighted_values(tile, head, weights.astype(self.dtype, copy=False))
             top = peak
         seen = mass > 0
-        total /= np.where(seen, mass, 1)[:, None]
+        total /= np.where(seen, mass, 1)[:, None].astype(self.dtype)
         with np.errstate(divide="ignore"):
             lse = np.where(seen, np.log(mass) + top, -np.inf)
         if rows.offset is not None and soft_cap is None:
             lse = lse + rows.offset
-        return total, lse.astype(self.dtype, copy=False)
+        return total, lse
 
-    def _scores(self, pages: Array, head: int, rows: Rows, readable: Array | None) -> Array:
+    def _scores(self, pages: Array, head: int, rows: Rows, unread: Array) -> Array:
         chunk = self._chunk(len(pages))
-        tile = self.keys.tile(pages, head).reshape(-1, chunk, self.head_dim)
-        if readable is not None and self.keys.norms(pages[:1], head) is None:
-            tile = _cleared(tile, readable)
+        tile = self.keys.tile(pages, head)
+        _clear(tile, unread, self.keys)
+        tile = tile.reshape(-1, chunk, self.head_dim)
         shape = (len(tile), len(rows.keys), chunk)
-        scores = work_array("scores", shape, self.dtype)
+        scores = work_array("scores", shape, np.float64)
         np.matmul(rows.keys, tile.transpose(0, 2, 1), out=scores)
-        scores *= self._norms(self.keys.norms(pages, head), chunk, readable)
+        scores *= _by_chunk(self.keys.norms(pages, head), chunk, unread)
         if rows.qjl is not None:
             signs = self.keys.qjl_tile(pages, head).reshape(-1, chunk, self.head_dim)
-            residual = work_array("residual", shape, self.dtype)
+            residual = work_array("residual", shape, np.float64)
             np.matmul(rows.qjl, signs.transpose(0, 2, 1), out=residual)
-            residual *= self._norms(self.keys.residual_norms(pages, head), chunk, readable)
+            residual *= _by_chunk(self.keys.residual_norms(pages, head), chunk, unread)
             scores += residual
         return scores
 
     def _weighted_values(self, tile: Tile, head: int, weights: Array) -> Array:
-        pages = tile.pages
         chunks, count, chunk = weights.shape
-        weights *= self._norms(self.values.norms(pages, head), chunk, tile.readable)
-        values = self.values.tile(pages, head)
+        weights *= _by_chunk(self.values.norms(tile.pages, head), chunk, tile.unread)
+        values = self.values.tile(tile.pages, head)
         if len(values) == 1:
+            _clear(values, tile.unread, self.values)
             values = values.reshape(chunks, chunk, self.head_dim)
-            if tile.readable is not None:
-                values = _cleared(values, tile.readable)
             return np.asarray(np.matmul(weights, values).sum(axis=0))
         # Interleaved pairs come as all even tokens, then all odd ones; so must the weights.
         halves = work_array("halves", (2, chunks, count, chunk // 2), self.dtype)
         np.copyto(halves, weights.reshape(chunks, count, chunk // 2, 2).transpose(3, 0, 1, 2))
         values = values.reshape(2, chunks, chunk // 2, self.head_dim)
         return np.asarray(np.matmul(halves, values).sum(axis=(0, 1)))
-
-    def _norms(self, norms: Array | None, chunk: int, readable: Array | None) -> Array | float:
-        if norms is None:
-            return 1.0
-        shaped = norms.reshape(-1, 1, chunk)
-        if readable is not None:
-            # Unwritten slots may hold anything: 0 * NaN must not reach a sum.
-            shaped = np.where(readable.any(axis=1, keepdims=True), shaped, 0)
-        return shaped
 
     def _parts(self, num_pages: int, num_rows: int) -> Iterator[slice]:
         """Cut a page list into tiles: whole chunks, then what is left as a chunk of its own."""
@@ -244,23 +244,33 @@ class PageAttention:
         per_chunk = max(1, _CHUNK_TOKENS // self.page_size)
         return (per_chunk if num_pages % per_chunk == 0 else num_pages) * self.page_size
 
-    def _readable(self, span: Span, blocks: Array, rows: Rows, cut: bool) -> Array | None:
-        """Return a mask ``[chunks, rows or 1, chunk]``, None when every position is readable."""
+    def _unread(self, span: Span, blocks: Array, whole: Array) -> Array:
+        """Return the tokens of a tile that lie outside the read ranges."""
+        cut = np.flatnonzero(~whole)
+        inside = cut[:, None] * self.page_size + np.arange(self.page_size)
+        positions = blocks[cut, None] * self.page_size + np.arange(self.page_size)
+        return np.asarray(inside[~span.allows(positions)])
+
+    def _mask(self, scores: Array, blocks: Array, rows: Rows) -> None:
+        """Set what a row reads neither causally nor within its sliding window to -inf."""
         low, high = int(blocks[0]) * self.page_size, (int(blocks[-1]) + 1) * self.page_size
-        causal = high - 1 > rows.last.min() or low < rows.floor.max()
-        if not cut and not causal:
-            return None
+        if high - 1 <= rows.last.min() and low >= rows.floor.max():
+            return
         positions = blocks[:, None] * self.page_size + np.arange(self.page_size)
-        positions = positions.reshape(-1, 1, self._chunk(len(blocks)))
-        readable: Array = span.allows(positions)
-        if causal:
-            readable = (
-                readable & (positions <= rows.last[:, None]) & (positions >= rows.floor[:, None])
-            )
-        return np.asarray(readable)
+        positions = positions.reshape(-1, 1, scores.shape[2])
+        hidden = (positions > rows.last[:, None]) | (positions < rows.floor[:, None])
+        np.copyto(scores, -np.inf, where=hidden)
 
 
-def _cleared(tile: Array, readable: Array) -> Array:
-    """Zero the rows no query reads: unwritten exact slots may hold NaN."""
-    used = np.asarray(readable.any(axis=1))[..., None]
-    return np.asarray(np.where(used, tile, 0).astype(tile.dtype, copy=False))
+def _by_chunk(norms: Array | None, chunk: int, unread: Array) -> Array | float:
+    """Lay norms out like scores; 0 where nothing reads, since 0 * NaN would reach a sum."""
+    if norms is None:
+        return 1.0
+    norms[unread] = 0
+    return norms.reshape(-1, 1, chunk)
+
+
+def _clear(tile: Array, unread: Array, reader: StreamReader) -> None:
+    """Zero unread rows of an exact stream, for the same reason; codes always decode to numbers."""
+    if unread.size and reader.is_exact:
+        tile.reshape(-1, tile.shape[-1])[unread] = 0

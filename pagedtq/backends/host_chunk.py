@@ -16,7 +16,11 @@ _QUERY_TILE = 128
 
 
 def attend_chunk(
-    tokens: QueryTokens, batch: TokenBatch, sm_scale: float, soft_cap: float | None
+    tokens: QueryTokens,
+    batch: TokenBatch,
+    sm_scale: float,
+    soft_cap: float | None,
+    dtype: npt.DTypeLike,
 ) -> tuple[Array, Array]:
     """Attend each query token over the chunk's tokens up to itself.
 
@@ -30,16 +34,17 @@ def attend_chunk(
         Logit scale.
     soft_cap : float or None
         Logit soft cap.
+    dtype : dtype
+        Type of weighted sums and outputs.
 
     Returns
     -------
     out : ndarray ``[tokens, num_kv_heads, group, head_dim]``
     lse : ndarray ``[tokens, num_kv_heads, group]``
     """
-    queries = tokens.values * tokens.values.dtype.type(sm_scale)
-    dtype = queries.dtype
-    out, lse = np.zeros_like(queries), np.full(queries.shape[:3], -np.inf, dtype)
-    keys = batch.vectors("key", slice(None)).astype(dtype, copy=False)
+    queries = tokens.values * sm_scale
+    out, lse = np.zeros(queries.shape, dtype), np.full(queries.shape[:3], -np.inf)
+    keys = batch.vectors("key", slice(None)).astype(np.float64)
     values = batch.vectors("value", slice(None)).astype(dtype, copy=False)
     _, heads, group, dim = queries.shape
     ends = np.cumsum(tokens.q_lens)
@@ -61,7 +66,8 @@ def attend_chunk(
             peak = scores.max(axis=-1, keepdims=True)
             weights = np.exp(scores - peak)
             mass = weights.sum(axis=-1, keepdims=True)
-            part = np.matmul(weights, values[begin:high].transpose(1, 0, 2)) / mass
+            part = np.matmul(weights.astype(dtype), values[begin:high].transpose(1, 0, 2))
+            part /= mass.astype(dtype)
             shape = (heads, high - low, group)
             out[low:high] = part.reshape(*shape, dim).transpose(1, 0, 2, 3)
             lse[low:high] = (np.log(mass) + peak).reshape(shape).transpose(1, 0, 2)

@@ -46,7 +46,7 @@ class HostLayer:
     mean : ndarray of float32 ``[num_kv_heads, head_dim]`` or None
         Key mean.
     dtype : dtype
-        Type of all arithmetic after decoding.
+        Type of weighted sums and outputs.
     workers : Workers
         Threads.
     """
@@ -61,13 +61,16 @@ class HostLayer:
         workers: Workers,
     ) -> None:
         config = layout.config
-        self.config, self.dtype, self.workers = config, dtype, workers
+        self.config, self.index = config, layer
+        self.dtype, self.workers = dtype, workers
         self.codecs: Codecs = (
             self._codec(layer, "key", mean),
             self._codec(layer, "value", None),
         )
         self.mean = mean if self.codecs[0] is not None else None
         self.writer = PageWriter(layout, pool, layer, self.codecs)
+        # Scores are float64 whatever the sums are: see `HostBackend`.
+        types = (np.dtype(np.float64), dtype)
         readers = (
             StreamReader(
                 layout,
@@ -76,9 +79,11 @@ class HostLayer:
                 stream,
                 form,
                 None if codec is None else codec.book.table,
-                dtype,
+                kind,
             )
-            for stream, codec, form in zip(_STREAMS, self.codecs, config.layer_codecs(layer))
+            for stream, codec, form, kind in zip(
+                _STREAMS, self.codecs, config.layer_codecs(layer), types
+            )
         )
         self.attention = PageAttention(*readers)
         self.window = WindowStore(config) if config.has_overlay(layer) else None
@@ -87,7 +92,7 @@ class HostLayer:
 
     def check(self, keys: Array, values: Array, dtype: Dtype | None) -> TokenBatch:
         """Check tokens; see `check_tokens`."""
-        return check_tokens(self.config, self.codecs, keys, values, dtype)
+        return check_tokens(self.config, self.index, self.codecs, keys, values, dtype)
 
     def write(self, batch: TokenBatch, slots: Array) -> None:
         """Encode tokens into slots; negative slots are skipped."""
@@ -130,13 +135,13 @@ class HostLayer:
         Returns
         -------
         out : ndarray ``[tokens, num_kv_heads, group, head_dim]``
-        lse : ndarray ``[tokens, num_kv_heads, group]``
+        lse : ndarray of float64 ``[tokens, num_kv_heads, group]``
         """
         prepared = self._prepare(tokens, sm_scale)
         spans = self._spans(block_table, reads)
         ends = np.cumsum(tokens.q_lens)
-        out = np.zeros_like(tokens.values)
-        lse = np.full(out.shape[:3], -np.inf, self.dtype)
+        out = np.zeros(tokens.values.shape, self.dtype)
+        lse = np.full(out.shape[:3], -np.inf)
 
         def one(unit: tuple[int, int]) -> None:
             index, head = unit
@@ -189,10 +194,11 @@ class HostLayer:
             if key_codec.projection is not None:
                 sketch = np.stack([key_reader.qjl_rows(slots, head) for head in heads], axis=1)
                 back = key_codec.projection.project_back(sketch)
-                keys += back * self.dtype.type(key_codec.projection.factor)
+                keys += back * key_codec.projection.factor
             keys = key_codec.rotation.inverse(keys)
             if self.mean is not None:
                 keys = keys + self.mean
+        keys = keys.astype(self.dtype, copy=False)
         return keys, values if value_codec is None else value_codec.rotation.inverse(values)
 
     def _codec(self, layer: int, stream: Stream, mean: Float32 | None) -> TurboQuantCodec | None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..paging.layout import PageLayout
 from .dtypes import check_shape
 
@@ -69,6 +69,8 @@ class PageBytes:
         """Copy slabs ``uint8[len(pages), page_bytes]`` into pages."""
         self.check(pages)
         check_shape(slabs, "slabs", (len(pages), self._layout.page_bytes), "pages, page bytes")
+        if slabs.dtype != np.uint8:
+            raise ArgumentTypeError(f"slabs must be uint8, got {slabs.dtype}")
         for part, view in self._slab_parts(slabs):
             view[pages] = part.reshape(len(pages), *view.shape[1:])
 

@@ -120,9 +120,11 @@ class WindowStore:
             rows = self.read_positions(
                 int(window_slots[index]), int(sink_records[index]), sinks, ring
             )
-            query = queries[index].astype(dtype).reshape(heads, -1, queries.shape[-1])
+            query = queries[index].astype(np.float64).reshape(heads, -1, queries.shape[-1])
             exact = [
-                np.einsum("hgd,nhd->hgn", query, keys.astype(dtype)).reshape(num_q_heads, len(keys))
+                np.einsum("hgd,nhd->hgn", query, keys.astype(np.float64)).reshape(
+                    num_q_heads, len(keys)
+                )
                 for keys, _ in rows
             ]
             body, body_positions = scores.of(index)
@@ -133,7 +135,7 @@ class WindowStore:
         indptr = np.cumsum([0, *totals])
         empty = np.zeros((len(scores.values), 0), dtype)
         return Scores(
-            np.concatenate([empty, *values], axis=1),
+            np.concatenate([empty, *values], axis=1).astype(dtype, copy=False),
             indptr,
             np.concatenate([np.zeros(0, np.int64), *positions]),
         )
@@ -164,7 +166,7 @@ class WindowStore:
         lse : ndarray ``[tokens, num_kv_heads, group]``
         """
         out = np.zeros(rows.queries.shape, dtype)
-        lse = np.full(rows.queries.shape[:3], -np.inf, dtype)
+        lse = np.full(rows.queries.shape[:3], -np.inf)
         ends = np.cumsum(q_lens)
         for begin, end in self._groups(q_lens):
             members = slice(begin, end)
@@ -180,7 +182,7 @@ class WindowStore:
             heads, group, dim = queries.shape[1:]
             stacked = queries.reshape(count, per, heads, group, dim).transpose(0, 2, 1, 3, 4)
             stacked = np.ascontiguousarray(stacked).reshape(count, heads, per * group, dim)
-            scores = np.matmul(stacked, keys.astype(dtype, copy=False).transpose(0, 1, 3, 2))
+            scores = np.matmul(stacked, keys.astype(np.float64).transpose(0, 1, 3, 2))
             if soft_cap is not None:
                 scores = np.tanh(scores / soft_cap) * soft_cap
             last = np.repeat(rows.last[tokens].reshape(count, per), group, axis=1)
@@ -194,8 +196,8 @@ class WindowStore:
             reference = np.where(np.isneginf(peak), 0, peak)
             weights = np.exp(scores - reference[..., None])
             mass = weights.sum(axis=-1)
-            part = np.matmul(weights, values.astype(dtype, copy=False))
-            part /= np.where(mass > 0, mass, 1)[..., None]
+            part = np.matmul(weights.astype(dtype), values.astype(dtype, copy=False))
+            part /= np.where(mass > 0, mass, 1)[..., None].astype(dtype)
             with np.errstate(divide="ignore"):
                 part_lse = np.where(mass > 0, np.log(mass) + reference, -np.inf)
             shape = (count, heads, per, group)

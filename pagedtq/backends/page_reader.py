@@ -60,6 +60,7 @@ class StreamReader:
         self.page_size = layout.config.page_size
         self.stream = stream
         self.codec = codec
+        self.is_exact = isinstance(codec, Exact)
         self.dtype = np.dtype(dtype)
         planes = layout.extents[layer].planes
 

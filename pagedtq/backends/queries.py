@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from ..codec.turboquant import TurboQuantCodec
 from ..errors import ArgumentError, UnsupportedError
+from ..paging.arguments import integer, token_counts
 from ..paging.table_views import Reads
 from .dtypes import as_float32, check_range, check_shape
 from .host_attend import Rows
@@ -23,7 +24,7 @@ class QueryTokens(NamedTuple):
 
     Attributes
     ----------
-    values : ndarray ``[tokens, num_kv_heads, group, head_dim]``
+    values : ndarray of float64 ``[tokens, num_kv_heads, group, head_dim]``
         The queries, unscaled.
     q_lens : ndarray of int64 ``[batch]``
         Query tokens of each sequence; they are the last ones of it.
@@ -44,7 +45,6 @@ def check_queries(
     num_kv_heads: int,
     head_dim: int,
     window_left: int | None,
-    dtype: npt.DTypeLike,
 ) -> QueryTokens:
     """Check queries ``[tokens, num_q_heads, head_dim]`` and lay them out by KV head.
 
@@ -56,7 +56,7 @@ def check_queries(
         A group (query heads per KV head) above 64.
     """
     batch = len(reads.kv_lens)
-    lens = np.ones(batch, np.int64) if q_lens is None else _counts(q_lens, batch)
+    lens = np.ones(batch, np.int64) if q_lens is None else token_counts("q_lens", q_lens, batch)
     check_shape(queries, "queries", (int(lens.sum()), None, head_dim), "tokens, heads, head_dim")
     num_q_heads = queries.shape[1]
     if num_q_heads == 0 or num_q_heads % num_kv_heads:
@@ -66,8 +66,8 @@ def check_queries(
     group = num_q_heads // num_kv_heads
     if group > MAX_GROUP:
         raise UnsupportedError(f"groups of 1 to {MAX_GROUP} query heads are supported, got {group}")
-    if window_left is not None and window_left < 0:
-        raise ArgumentError(f"window_left must be at least 0, got {window_left}")
+    if window_left is not None:
+        window_left = integer("window_left", window_left, 0)
     short = np.flatnonzero(lens > np.maximum(reads.kv_lens, 1 if q_lens is None else 0))
     if short.size:
         at = int(short[0])
@@ -79,7 +79,7 @@ def check_queries(
     within = np.arange(len(values)) - np.repeat(np.cumsum(lens) - lens, lens)
     last = np.repeat(reads.kv_lens - lens, lens) + within
     floor = np.zeros_like(last) if window_left is None else np.maximum(last - window_left, 0)
-    shaped = values.reshape(-1, num_kv_heads, group, head_dim).astype(dtype, copy=False)
+    shaped = values.reshape(-1, num_kv_heads, group, head_dim).astype(np.float64)
     return QueryTokens(shaped, lens, last, floor)
 
 
@@ -129,33 +129,24 @@ def prepare_queries(
         Logit scale.
     """
     values = tokens.values
-    factor = values.dtype.type(scale)
     if codec is None:
-        return PreparedQueries(values * factor, None, None)
-    flat = values.reshape(len(values), -1, values.shape[-1])
+        return PreparedQueries(values * scale, None, None)
+    count, heads, group, dim = values.shape
+    flat = values.reshape(count, heads * group, dim)
     rotated = codec.rotation.forward(flat)
     qjl = offset = None
     if codec.projection is not None:
-        sketch_scale = values.dtype.type(scale * codec.projection.factor)
-        qjl = (codec.projection.project(rotated) * sketch_scale).reshape(values.shape)
+        sketch = codec.projection.project(rotated) * (scale * codec.projection.factor)
+        qjl = sketch.reshape(values.shape)
     if mean is not None:
-        products = np.einsum("thgd,hd->thg", values.astype(np.float64), mean.astype(np.float64))
-        offset = (products * scale).astype(values.dtype)
-    return PreparedQueries((rotated * factor).reshape(values.shape), qjl, offset)
+        offset = np.einsum("thgd,hd->thg", values, mean.astype(np.float64)) * scale
+    return PreparedQueries((rotated * scale).reshape(values.shape), qjl, offset)
 
 
 def unrotate_outputs(codec: TurboQuantCodec | None, outputs: Array) -> Array:
     """Bring outputs ``[tokens, heads, group, head_dim]`` back from the space of stored values."""
     if codec is None:
         return outputs
-    flat = outputs.reshape(len(outputs), -1, outputs.shape[-1])
+    count, heads, group, dim = outputs.shape
+    flat = outputs.reshape(count, heads * group, dim)
     return np.asarray(codec.rotation.inverse(flat).reshape(outputs.shape))
-
-
-def _counts(q_lens: Array, batch: int) -> Array:
-    lens = np.asarray(q_lens)
-    if lens.shape != (batch,) or lens.dtype.kind not in "iu":
-        raise ArgumentError(f"q_lens must be {batch} integers, got {lens.dtype} {list(lens.shape)}")
-    if (lens < 0).any():
-        raise ArgumentError(f"q_lens must be at least 0, got {lens.min()}")
-    return lens.astype(np.int64)

@@ -10,13 +10,25 @@ import numpy.typing as npt
 
 from ..codec.turboquant import TurboQuantCodec
 from ..codec.validation import MAX_NORM
-from ..config import CacheConfig, Dtype
+from ..config import CacheConfig, Dtype, Exact
 from ..errors import ArgumentError, SlotError, UnsupportedError
-from .dtypes import Float32, check_range, check_shape, kind_of, largest, round_to, widen
+from ..paging.arguments import integers
+from .dtypes import (
+    LIMITS,
+    Float32,
+    check_range,
+    check_shape,
+    kind_of,
+    largest,
+    round_to,
+    widen,
+)
 from .work_arrays import work_array
 
 Array = npt.NDArray[Any]
 Codecs = tuple[TurboQuantCodec | None, TurboQuantCodec | None]
+
+_STREAMS: tuple[Literal["key", "value"], ...] = ("key", "value")
 
 
 class TokenBatch(NamedTuple):
@@ -54,14 +66,21 @@ class TokenBatch(NamedTuple):
 
 
 def check_tokens(
-    config: CacheConfig, codecs: Codecs, keys: Array, values: Array, dtype: Dtype | None
+    config: CacheConfig,
+    layer: int,
+    codecs: Codecs,
+    keys: Array,
+    values: Array,
+    dtype: Dtype | None,
 ) -> TokenBatch:
     """Check the keys and values of one layer; reads them once and converts nothing.
 
     Parameters
     ----------
     config : CacheConfig
-        Shape and ``kv_dtype``.
+        Shape, ``kv_dtype``, and the types of exact pages.
+    layer : int
+        The layer.
     codecs : tuple of TurboQuantCodec or None
         The layer's encoders.
     keys, values : ndarray ``[n, num_kv_heads, head_dim]``
@@ -85,18 +104,27 @@ def check_tokens(
     kind = kind_of(keys, "keys", dtype)
     kind_of(values, "values", kind)
     batch = TokenBatch(keys, values, kind, config.kv_dtype)
-    limits = {"f16": 65520.0, "bf16": 3.3961776e38, "f32": math.inf}
-    for stream, raw, codec in (("key", keys, codecs[0]), ("value", values, codecs[1])):
+    for stream, raw, codec, form in zip(
+        _STREAMS, (keys, values), codecs, config.layer_codecs(layer)
+    ):
         peak = largest(raw, kind)
-        if not peak < limits[config.kv_dtype]:
+        if not peak < LIMITS[config.kv_dtype]:
             check_range(widen(raw, kind), stream + "s", config.kv_dtype)
+        if isinstance(form, Exact):
+            # An exact page may be narrower than kv_dtype, which rounds first.
+            rounded = round_to(np.array([peak], np.float32), config.kv_dtype)[0]
+            if not rounded < LIMITS[form.dtype]:
+                check_range(batch.vectors(stream, slice(None)), stream + "s", form.dtype)
         if codec is None:
             continue
         offset = 0.0 if codec.mean is None else float(np.abs(codec.mean).max())
         # Rounding to kv_dtype moves an element by less than one part in 256 (bf16).
         bound = (peak * (1 + 2**-8) + offset) * math.sqrt(dim)
-        if bound > MAX_NORM or codec.config.unit_norm:
-            codec.validate(batch.vectors("key" if stream == "key" else "value", slice(None)))
+        if codec.config.unit_norm:
+            # As they came: rounding to float16 alone moves a norm by more than is allowed.
+            codec.validate(widen(raw, kind))
+        elif bound > MAX_NORM:
+            codec.validate(batch.vectors(stream, slice(None)))
     return batch
 
 
@@ -119,17 +147,14 @@ def check_slots(
 
     Raises
     ------
-    ArgumentError
+    ArgumentError, ArgumentTypeError
         Wrong shape, type or count.
     SlotError
         A slot on the null page, outside the pool, without an owner, or twice.
     """
-    mapping = np.asarray(slots)
-    if mapping.ndim != 1 or mapping.dtype.kind not in "iu":
-        raise ArgumentError(f"slots must be integers [n], got {mapping.dtype} {mapping.shape}")
+    mapping = integers("slots", slots)
     if count is not None and len(mapping) != count:
         raise ArgumentError(f"slot_mapping must have {count} entries, got {len(mapping)}")
-    mapping = mapping.astype(np.int64, copy=False)
     used = mapping[mapping >= 0] if count is not None else mapping
     size, total = config.page_size, config.num_pages
     bad = used[(used < size) | (used >= size * total)]

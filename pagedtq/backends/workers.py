@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
+
+from ..paging.arguments import integer
 
 Item = TypeVar("Item")
 
@@ -24,7 +26,9 @@ class Workers:
     """
 
     def __init__(self, num_threads: int | None = None) -> None:
-        self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        if num_threads is None:
+            num_threads = len(os.sched_getaffinity(0))
+        self.num_threads = integer("num_threads", num_threads, 1)
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, work: Callable[[Item], None], items: Sequence[Item], parallel: bool) -> None:
@@ -44,5 +48,7 @@ class Workers:
             while (index := next(counter)) < len(items):
                 work(items[index])
 
-        for future in [self._pool.submit(drain) for _ in range(threads)]:
+        futures = [self._pool.submit(drain) for _ in range(threads)]
+        wait(futures)
+        for future in futures:
             future.result()

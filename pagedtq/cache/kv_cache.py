@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from ..backends import select_backend
+from ..backends.dtypes import check_shape
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, StepError
+from ..paging.arguments import token_counts
 from ..paging.eviction import EvictionPolicy, apply
 from ..paging.page_tables import PageTables
 from ..paging.shared_prefixes import SharingOptions
@@ -166,7 +167,7 @@ class PagedKVCache(CacheReads):
         if isinstance(what, EvictionPolicy):
             self._freed(apply(self.tables, what.plan(self.tables, seq_id)))
         else:
-            self._freed(self.tables.evict(seq_id, np.asarray(what)))
+            self._freed(self.tables.evict(seq_id, what))
 
     # -- writing -----------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ class PagedKVCache(CacheReads):
         seq_ids: SeqIds,
         keys: Array,
         values: Array,
-        num_new_tokens: Sequence[int] | Array | None = None,
+        num_new_tokens: int | Sequence[int] | Array | None = None,
         dtype: Dtype | None = None,
         token_ids: Sequence[int] | Array | None = None,
     ) -> None:
@@ -205,16 +206,13 @@ class PagedKVCache(CacheReads):
         ids = self._ids(seq_ids)
         layers = self.config.num_layers
         for name, array in (("keys", keys), ("values", values)):
-            if getattr(array, "ndim", None) != 4 or len(array) != layers:
-                raise ArgumentError(
-                    f"{name} must have shape [{layers}, tokens, KV heads, head_dim], "
-                    f"got {list(getattr(array, 'shape', []))}"
-                )
+            shape = (layers, None, None, None)
+            check_shape(array, name, shape, "layers, tokens, KV heads, head_dim")
         if num_new_tokens is None:
             if len(ids) != 1:
                 raise ArgumentError("a batch needs num_new_tokens, one count per sequence")
             num_new_tokens = [keys.shape[1]]
-        counts = np.asarray(num_new_tokens)
+        counts = token_counts("num_new_tokens", num_new_tokens, len(ids))
         if counts.sum() != keys.shape[1]:
             raise ArgumentError(
                 f"num_new_tokens must add up to {keys.shape[1]} tokens, got {counts.sum()}"
@@ -254,19 +252,15 @@ class PagedKVCache(CacheReads):
         OutOfPages, OutOfWindowSlots, StepError, UnknownSequence, ArgumentError
         """
         ids = self._ids(seq_ids)
-        counts = np.asarray(num_new_tokens)
-        if counts.ndim == 0:
-            counts = np.full(len(ids), counts)
-        plan = self.tables.reserve(ids, counts, token_ids)
-        pages = self.backend.pages
+        plan = self.tables.reserve(ids, num_new_tokens, token_ids)
         if self.debug:
-            pages.fill(plan.new_pages, POISON)
-        pages.clear_norms(plan.new_pages)
+            self.backend.fill_pages(plan.new_pages, POISON)
+        self.backend.clear_norms(plan.new_pages)
         # Layers without an overlay have codes of every token: their open page always has bytes.
         if len(self._overlay_layers) == self.config.num_layers:
-            pages.copy(plan.copy_src, plan.copy_dst)
+            self.backend.copy_pages(plan.copy_src, plan.copy_dst)
         else:
-            pages.copy(plan.cow_src, plan.cow_dst)
+            self.backend.copy_pages(plan.cow_src, plan.cow_dst)
         for layer in self._overlay_layers:
             window = self.backend.window(layer)
             window.copy_slots(plan.window_copy_src, plan.window_copy_dst)
@@ -294,6 +288,7 @@ class PagedKVCache(CacheReads):
             Bad input; nothing was written and the step stays open.
         """
         plan = self._open_step("store")
+        self._check_layer(layer)
         if layer in self._stored:
             raise StepError(f"layer {layer} is already stored in this step")
         batch = self.backend.check(layer, keys, values, dtype)
@@ -361,7 +356,7 @@ class PagedKVCache(CacheReads):
             prefix = self.tables.prefix
             # Pages that can be found again keep their bytes.
             gone = pages if prefix is None else pages[~prefix.held[pages]]
-            self.backend.pages.fill(gone, POISON)
+            self.backend.fill_pages(gone, POISON)
         self._after_change()
 
     def _after_change(self) -> None:

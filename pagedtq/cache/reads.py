@@ -13,6 +13,7 @@ from ..backends.host_score import PageStats, Scores, page_stats
 from ..backends.states import add_sink, merge_states
 from ..config import CacheConfig
 from ..errors import ArgumentError, StepError
+from ..paging.arguments import Int64, integer, integers
 from ..paging.page_tables import PageTables
 from ..paging.step_plan import SequenceState, StepPlan
 from .reports import CacheStats, MemoryReport, cache_stats, memory_report
@@ -52,6 +53,7 @@ class CacheReads:
         soft_cap: float | None = None,
         sink_logits: Array | None = None,
         window_left: int | None = None,
+        alibi_slopes: object = None,
     ) -> tuple[Array, Array]:
         """Attend over sequences: sinks and ring exactly, the body on its codes.
 
@@ -75,16 +77,18 @@ class CacheReads:
             Learned sink logits: they take mass and add nothing to the output.
         window_left : int, optional
             A query at p reads positions ``>= p - window_left`` only (sliding-window layers).
+        alibi_slopes : None
+            Not supported: anything else is refused.
 
         Returns
         -------
         out : ndarray ``[tokens, num_q_heads, head_dim]``
-        lse : ndarray ``[tokens, num_q_heads]``
+        lse : ndarray of float64 ``[tokens, num_q_heads]``
             Of true logits; -inf (and ``out`` 0) where nothing is readable.
         """
         ids = self._readable(layer, seq_ids)
         scale = self.config.head_dim**-0.5 if sm_scale is None else sm_scale
-        lens = None if q_lens is None else np.asarray(q_lens)
+        lens = None if q_lens is None else integers("q_lens", q_lens)
         overlay = self.config.has_overlay(layer)
         reads = self.tables.reads(ids, overlay)
         table = self.tables.block_table(ids)
@@ -100,6 +104,7 @@ class CacheReads:
             soft_cap=soft_cap,
             sink_logits=None if overlay else sink_logits,
             window_left=window_left,
+            alibi_slopes=alibi_slopes,
         )
         if not overlay:
             return out, lse
@@ -223,10 +228,16 @@ class CacheReads:
         self.tables.check_integrity()
 
     @staticmethod
-    def _ids(seq_ids: SeqIds) -> Array:
-        return np.atleast_1d(np.asarray(seq_ids))
+    def _ids(seq_ids: SeqIds) -> Int64:
+        if isinstance(seq_ids, int | np.integer):
+            seq_ids = np.array([seq_ids])
+        return integers("seq_ids", seq_ids)
+
+    def _check_layer(self, layer: int) -> None:
+        integer("layer", layer, 0, self.config.num_layers - 1)
 
     def _readable(self, layer: int, seq_ids: SeqIds) -> Array:
+        self._check_layer(layer)
         ids = self._ids(seq_ids)
         step = self._step
         if step is not None and layer not in self._stored:

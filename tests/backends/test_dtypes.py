@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pagedtq.backends.dtypes import as_float32, check_range, round_to, to_storage, widen
+from pagedtq.backends.dtypes import LIMITS, as_float32, check_range, round_to, to_storage, widen
 from pagedtq.errors import ArgumentTypeError, NonFiniteError, OverflowingError
 
 F16 = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
@@ -34,6 +34,12 @@ def test_rounding_to_float16_is_numpys_at_every_magnitude(decade):
     np.testing.assert_array_equal(
         round_to(values, "f16"), values.astype(np.float16).astype(np.float32)
     )
+
+
+def test_what_rounds_to_zero_keeps_its_sign():
+    values = np.array([0.0, -0.0, 1e-9, -1e-9, 1e-45, -1e-45], np.float32)
+    for kv_dtype in ("f16", "bf16"):
+        assert np.signbit(round_to(values, kv_dtype)).tolist() == [False, True] * 3
 
 
 def test_rounding_to_bfloat16_is_to_nearest_with_ties_to_even():
@@ -90,3 +96,13 @@ def test_every_float16_value_is_stored_with_its_own_bits():
     finite = F16[np.isfinite(F16)]
     stored = to_storage(as_float32(finite, "x"), "f16")
     np.testing.assert_array_equal(stored.view(np.uint16), finite.view(np.uint16))
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "bf16"])
+def test_the_limit_is_the_first_value_that_rounds_to_infinity(kv_dtype):
+    limit = np.float32(LIMITS[kv_dtype])
+    below = np.nextafter(limit, np.float32(0))
+    check_range(np.array([below], np.float32), "keys", kv_dtype)
+    assert np.isfinite(widen(to_storage(round_to(np.array([below]), kv_dtype), kv_dtype), kv_dtype))
+    with pytest.raises(OverflowingError):
+        check_range(np.array([limit], np.float32), "keys", kv_dtype)

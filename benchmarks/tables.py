@@ -1,0 +1,164 @@
+"""Write the tables of docs/performance.md and the README from benchmarks/results.
+
+``python -m benchmarks.tables`` rewrites what stands between the marker comments of both files;
+``--check`` only says whether they are up to date. No figure on these pages is typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+Row = dict[str, Any]
+
+#: Per result, in page order: what it answers, columns (all if empty), and which rows to show.
+SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
+    "distortion": (
+        "How far are decoded vectors from the originals?",
+        (),
+        lambda row: row.get("d") in (None, 128),
+    ),
+    "accuracy": (
+        "How exact is the arithmetic, given the codes?",
+        (),
+        lambda row: row["window"] in (0, 64) and row["logit std"] == 10,
+    ),
+    "formats": ("How many bytes does a token take?", (), lambda row: True),
+    "exact_window": (
+        "What does the exact window buy when recent keys matter?",
+        (),
+        lambda row: row["tokens"] in (1, 64, 65, 128, 129, 256),
+    ),
+    "host_attend": ("How fast is attention on the host?", (), lambda row: True),
+    "host_store": ("How fast is encoding on the host?", (), lambda row: True),
+    "paging": ("What does a step of the control plane cost?", (), lambda row: True),
+    "simulate": ("How long does the whole Azure hour take to simulate?", (), lambda row: True),
+    "utilisation": ("How full are the pages?", (), lambda row: True),
+}
+
+#: The README's table: result, row to pick, what to say, which columns.
+SUMMARY: tuple[tuple[str, str, Callable[[Row], bool], Callable[[Row], str]], ...] = (
+    (
+        "host_attend",
+        "attention, one query token over 8 192, 8 KV heads, group 4, k4v4, 2 cores",
+        lambda row: row["what"] == "pagedtq k4v4, window off" and row["tokens"] == 8192,
+        lambda row: (
+            f"{row['M token-heads/s']:.1f} M token-heads/s, "
+            f"{row['speed vs torch bf16 gqa']:.1f}x PyTorch bf16 with `enable_gqa`"
+        ),
+    ),
+    (
+        "host_attend",
+        "the same PyTorch attention, given the group as query rows",
+        lambda row: row["what"] == "torch bfloat16, group as query rows",
+        lambda row: (
+            f"{row['M token-heads/s']:.1f} M token-heads/s: "
+            f"{row['speed vs torch bf16 gqa']:.1f}x the `enable_gqa` call"
+        ),
+    ),
+    (
+        "host_store",
+        "encoding, 4 bits, head_dim 128, float32 in, 2 cores",
+        lambda row: row["what"] == "pagedtq k4v4, float32 in, 2 thread(s)",
+        lambda row: (
+            f"{row['k vectors/s'] / 1e3:.2f} M vectors/s, "
+            f"{row['speed vs turboquant']:.0f}x the `turboquant` 0.2.0 package"
+        ),
+    ),
+    (
+        "formats",
+        "a token and KV head at k4v4, head_dim 128",
+        lambda row: row["preset"] == "k4v4",
+        lambda row: (
+            f"{row['bytes per token and head']:.0f} bytes, {row['x below fp16']:.2f}x below fp16"
+        ),
+    ),
+)
+
+
+def load(name: str) -> dict[str, Any]:
+    """Return one committed result."""
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def markdown(rows: list[Row], columns: tuple[str, ...]) -> str:
+    """Return a Markdown table."""
+    names = columns or tuple(rows[0])
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def figures() -> str:
+    """Return the body of docs/performance.md."""
+    parts = []
+    for name, (question, columns, chosen) in SECTIONS.items():
+        result = load(name)
+        rows = [row for row in result["rows"] if chosen(row)]
+        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+        machine = result["machine"]
+        parts += [
+            f"### {question}",
+            f"`{result['command']}` on {result['date'][:10]}, {machine['cpu']}, "
+            f"{machine['cores']} cores; {versions}.",
+            markdown(rows, columns),
+            *(f"- {note}" for note in result["notes"]),
+        ]
+    return "\n\n".join(parts)
+
+
+def summary() -> str:
+    """Return the body of the README's table."""
+    lines = ["| what | measured |", "|---|---|"]
+    for name, what, chosen, say in SUMMARY:
+        row = next(row for row in load(name)["rows"] if chosen(row))
+        lines.append(f"| {what} | {say(row)} |")
+    return "\n".join(lines)
+
+
+def rewritten(path: Path, body: str) -> str:
+    """Return the file's text with a new body between the markers."""
+    text = path.read_text(encoding="utf-8")
+    head, _, rest = text.partition(BEGIN)
+    _, found, tail = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{path.name} lacks the markers {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n{body}\n{END}{tail}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        if value and not 1e-3 <= abs(value) < 1e6:
+            return f"{value:.2e}"
+        return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return str(value).replace("|", "\\|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    options = parser.parse_args()
+    stale = []
+    for path, body in ((ROOT / "docs/performance.md", figures()), (ROOT / "README.md", summary())):
+        text = rewritten(path, body)
+        if text != path.read_text(encoding="utf-8"):
+            stale.append(path.name)
+            if not options.check:
+                path.write_text(text, encoding="utf-8")
+    if options.check and stale:
+        sys.exit(f"stale: {', '.join(stale)}; run python -m benchmarks.tables")
+
+
+if __name__ == "__main__":
+    main()
