@@ -105,7 +105,7 @@ def facade_row(
         for _ in range(repeats):
             # The request, not the manager, hashes: as in vLLM this is not part of the step.
             for request in requests:
-                request.append([7])
+                request.append_token(7)
             yield step
 
     return line("façade step", "caching" if caching else "", num_seqs, POOL, timed(steps()))

@@ -65,6 +65,23 @@ class FreeQueue:
         self._tail = tail + count
         self._size += count
 
+    def push_if_distinct(self, ids: Int32) -> bool:
+        """Append ids at the tail unless one is given twice; return whether it was done."""
+        count = ids.size
+        if self._tail + count > self._ring.size:
+            self._compact()
+        tail = self._tail
+        places = np.arange(tail, tail + count)
+        # NumPy keeps the last of several values assigned to one place. The places of absent ids
+        # mean nothing, so that nothing has changed if this finds one given twice.
+        self._place[ids] = places
+        if not (self._place.take(ids) == places).all():
+            return False
+        self._ring[tail : tail + count] = ids
+        self._tail = tail + count
+        self._size += count
+        return True
+
     def push_few(self, ids: list[int]) -> None:
         """Do what `push` does, faster for a few ids."""
         if self._tail + len(ids) > self._ring.size:

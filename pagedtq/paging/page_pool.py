@@ -17,7 +17,7 @@ from .arguments import Bools, Int32, Int64, Integers, integer, integers
 from .free_queue import FreeQueue
 
 #: Up to so many ids a loop is faster than NumPy's calls.
-FEW = 16
+FEW = 32
 
 
 class CountedPool:
@@ -134,22 +134,16 @@ class CountedPool:
         ArgumentError
             If an id is out of range or has fewer owners than it would lose.
         """
-        if isinstance(ids, np.ndarray) and 0 < ids.size <= FEW and ids.ndim == 1:
-            few = self._release_few(ids)
-            if few is not None:
-                return few
+        if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.size:
+            simply = self._release_few(ids) if ids.size <= FEW else self._release_unshared(ids)
+            if simply is not None:
+                return simply
         owned = self._owned(ids, "release")
         if owned.size == 0:
             return np.empty(0, np.int32)
         last = self._last_occurrence(owned)
         before = self._refs.take(owned)
         if last.all():
-            if not self._shared:
-                # The common case in three calls: every id is given once and loses its only owner.
-                self._refs[owned] = 0
-                freed: Int32 = owned.astype(np.int32)
-                self._queue.push(freed)
-                return freed
             after = before - 1
         else:
             _, inverse, times = np.unique(owned, return_inverse=True, return_counts=True)
@@ -162,7 +156,7 @@ class CountedPool:
                 )
         self._refs[owned] = after
         self._shared -= int(np.count_nonzero(last & (before > 1) & (after <= 1)))
-        freed = owned[last & (after == 0)].astype(np.int32)
+        freed: Int32 = owned[last & (after == 0)].astype(np.int32)
         self._queue.push(freed)
         return freed
 
@@ -181,6 +175,18 @@ class CountedPool:
             owners[one] = 0
         self._queue.push_few(few)
         return ids.astype(np.int32)
+
+    def _release_unshared(self, ids: npt.NDArray[Any]) -> Int32 | None:
+        """Release ids where no id has two owners; None, unchanged, if one is not to be released."""
+        if self._shared or ids.dtype != np.int32:
+            return None
+        # As unsigned numbers the negative ones are the largest; "none" has no owner.
+        if int(ids.view(np.uint32).max()) >= self._refs.size or not self._refs.take(ids).all():
+            return None
+        if not self._queue.push_if_distinct(ids):
+            return None
+        self._refs[ids] = 0
+        return ids.copy()
 
     def copied_on_write(self, ids: Int32) -> Bools:
         """Tell which of several writers must copy, where each owns one reference to its id.

@@ -226,14 +226,22 @@ class BlockManager:
             If there is nothing to make room for, or blocks are given to a request that has some.
         """
         new = checked_count("num_new_tokens", num_new_tokens)
-        found = checked_count("num_new_computed_tokens", num_new_computed_tokens)
-        lookahead = checked_count("num_lookahead_tokens", num_lookahead_tokens)
-        external = checked_count("num_external_computed_tokens", num_external_computed_tokens)
+        found = lookahead = external = reserved = 0
+        # A decode step has none of them.
+        if (
+            num_new_computed_tokens
+            or num_lookahead_tokens
+            or num_external_computed_tokens
+            or reserved_blocks
+        ):
+            found = checked_count("num_new_computed_tokens", num_new_computed_tokens)
+            lookahead = checked_count("num_lookahead_tokens", num_lookahead_tokens)
+            external = checked_count("num_external_computed_tokens", num_external_computed_tokens)
+            reserved = checked_count("reserved_blocks", reserved_blocks)
         if new + external == 0:
             raise ArgumentError(f"request {request.request_id}: no token to allocate slots for")
         size, tables = self.block_size, self.tables
         pages = () if new_computed_blocks is None else new_computed_blocks.page_ids
-        reserved = checked_count("reserved_blocks", reserved_blocks)
         holding = self._holdings.get(request.request_id)
         if holding is not None and pages:
             raise ArgumentError(f"request {request.request_id} holds blocks already")
@@ -261,7 +269,9 @@ class BlockManager:
             taken = tables.lengthen(holding.seq_id, target, reserved)
         except OutOfPages:
             return None
-        if self.enable_caching and not delay_cache_blocks:
+        # Most steps complete no block, so look before anything else is asked of the request.
+        whole_blocks = (computed + new) // size
+        if self.enable_caching and not delay_cache_blocks and whole_blocks > holding.num_published:
             # Drafts are not among the request's tokens yet.
             self._publish(holding, request, min(computed + new, request.num_tokens))
         return Blocks(taken) if taken else NO_BLOCKS

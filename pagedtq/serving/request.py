@@ -12,6 +12,8 @@ from ..errors import ArgumentError
 from ..paging.arguments import Int32, integer
 from ..paging.block_keys import BlockHasher, extras_of, token_array
 
+INT32_MIN, INT32_MAX = -(1 << 31), (1 << 31) - 1
+
 
 class Request(Protocol):
     """What the manager reads of a request; the names are vLLM's, so that its requests do.
@@ -97,21 +99,36 @@ class ServedRequest:
         """
         new = token_array("token_ids", token_ids)
         total = self.num_tokens + new.size
-        if total > self._tokens.size:
-            grown = np.empty(max(2 * self._tokens.size, total), np.int32)
-            grown[: self.num_tokens] = self.all_token_ids
-            self._tokens = grown
+        self._grow(total)
         self._tokens[self.num_tokens : total] = new
         self.num_tokens = total
-        keys = self.block_hashes
-        done = len(keys)
-        if total // self._hasher.page_size > done:
-            keys += self._hasher.chain(
-                self._tokens[done * self._hasher.page_size : total],
-                keys[-1] if keys else None,
-                self._extras,
-                done,
-            )
+        self._hash_blocks()
+
+    def append_token(self, token_id: int) -> None:
+        """Add one token, as a decode step does; see `append`."""
+        if type(token_id) is not int or not INT32_MIN <= token_id <= INT32_MAX:
+            token_id = integer("token_id", token_id, INT32_MIN, INT32_MAX)
+        at = self.num_tokens
+        if at == self._tokens.size:
+            self._grow(at + 1)
+        self._tokens[at] = token_id
+        self.num_tokens = at + 1
+        if not (at + 1) % self._hasher.page_size:
+            self._hash_blocks()
+
+    def _grow(self, size: int) -> None:
+        if size > self._tokens.size:
+            grown = np.empty(max(2 * self._tokens.size, size), np.int32)
+            grown[: self.num_tokens] = self.all_token_ids
+            self._tokens = grown
+
+    def _hash_blocks(self) -> None:
+        """Hash the blocks that are whole and were not before."""
+        keys, size = self.block_hashes, self._hasher.page_size
+        done, total = len(keys), self.num_tokens
+        if total // size > done:
+            tokens = self._tokens[done * size : total]
+            keys += self._hasher.chain(tokens, keys[-1] if keys else None, self._extras, done)
 
 
 class Blocks:

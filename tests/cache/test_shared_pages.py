@@ -61,7 +61,7 @@ def attended(cache, seq_id):
 
 
 def page_bytes(cache, seq_id, blocks):
-    return cache.backend.pages.gather(cache.tables.block_table([seq_id])[0, :blocks]).tobytes()
+    return cache.backend.gather(cache.tables.block_table([seq_id])[0, :blocks]).tobytes()
 
 
 @pytest.mark.parametrize("window", [0, SIZE, 2 * SIZE])

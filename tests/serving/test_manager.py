@@ -349,6 +349,14 @@ def test_a_request_hashes_each_block_once_and_with_what_decides_its_bytes():
     seq_id = tables.open(list(range(1, 13)), salt=b"s", extra_keys={1: b"x"})
     assert tuple(request.block_hashes) == tables.keys_of(seq_id)
     assert request.all_token_ids.tolist() == list(range(1, 13))
+    single = ServedRequest("1", [1], hasher, salt=b"s", extra_keys={1: b"x"})
+    for token in range(2, 13):
+        single.append_token(token)
+    assert single.block_hashes == request.block_hashes
+    for bad, error in ((2**31, ArgumentError), (1.0, ArgumentTypeError)):
+        with pytest.raises(error, match="token_id"):
+            single.append_token(bad)
+    assert single.num_tokens == 12
 
 
 def test_blocks_add_up():
