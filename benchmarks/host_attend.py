@@ -1,7 +1,7 @@
 """Host attention over coded pages, against PyTorch's attention on uncompressed keys and values.
 
-One query token, 8 KV heads, group 4, head_dim 128, two threads. Everything of one round is timed
-in turn, and ratios are taken round by round, so that a machine that changes its speed cannot change
+One query token, 8 KV heads, group 4, head_dim 128, two threads. Every call is timed in turn in every
+round, and ratios are taken round by round, so that a machine that changes its speed cannot change
 them. PyTorch is optional (the ``bench`` extra): without it only our rows are printed.
 """
 
@@ -19,7 +19,7 @@ from pagedtq import PagedKVCache, preset
 
 HEADS, GROUP, DIM = 8, 4, 128
 THREADS = 2
-_PAUSE = 0.03
+_REPEATS = 3
 
 
 def build(name: str, tokens: int, window: int | None, seed: int) -> tuple[PagedKVCache, int]:
@@ -68,16 +68,21 @@ def peers(tokens: int, query: np.ndarray, seed: int) -> dict[str, Callable[[], A
 
 
 def rounds(calls: dict[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
-    """Time every call once per round, in seconds."""
+    """Time every call in every round, in seconds: the median of a few repeats in a row.
+
+    The first repeat is not counted: it pays for what the call before left behind, cold caches and
+    worker threads that still spin.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(count + 1):
+    for _ in range(count):
         for name, call in calls.items():
-            # OpenMP's threads spin for a while after a call; the next one must not pay for it.
-            time.sleep(_PAUSE)
-            begin = time.perf_counter()
             call()
-            if turn:
-                times[name].append(time.perf_counter() - begin)
+            repeats = []
+            for _ in range(_REPEATS):
+                begin = time.perf_counter()
+                call()
+                repeats.append(time.perf_counter() - begin)
+            times[name].append(statistics.median(repeats))
     return times
 
 
@@ -106,7 +111,7 @@ def rows_of(
 def main() -> None:
     options = arguments("host_attend", __doc__)
     tokens, long = (1024, 2048) if options.quick else (8192, 32768)
-    count = 3 if options.quick else 25
+    count = 3 if options.quick else 20
     query = np.random.default_rng(options.seed).standard_normal((1, HEADS * GROUP, DIM))
     query = query.astype(np.float32)
     calls = peers(tokens, query, options.seed)

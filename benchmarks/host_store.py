@@ -72,7 +72,7 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     vectors = rng.standard_normal((2 * tokens * HEADS, DIM)).astype(np.float32)
     calls = {**peer(vectors), **stores(tokens, vectors)}
-    times = rounds(calls, 3 if options.quick else 15)
+    times = rounds(calls, 3 if options.quick else 5)
     base = times.get(PEER)
     rows = []
     for name, seconds in times.items():

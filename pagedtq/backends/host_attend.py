@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 # NumPy's OpenBLAS takes a process-wide lock when a product is large enough for its own threads,
 # which would serialise ours; products over this many tokens stay below that size.
-_CHUNK_TOKENS = 64
+_CHUNK_TOKENS = 128
 _TILE_TOKENS = 4096
 _SCORE_ELEMENTS = 1 << 20
 
@@ -230,19 +230,27 @@ class PageAttention:
         return np.asarray(np.matmul(halves, values).sum(axis=(0, 1)))
 
     def _parts(self, num_pages: int, num_rows: int) -> Iterator[slice]:
-        """Cut a page list into tiles: whole chunks, then what is left as a chunk of its own."""
+        """Cut a page list into tiles that divide into chunks of a good size.
+
+        What is left over at the end of a list of small pages becomes a chunk of its own.
+        """
         per_chunk = max(1, _CHUNK_TOKENS // self.page_size)
         tokens = min(_TILE_TOKENS, _SCORE_ELEMENTS // num_rows)
         per_tile = max(1, tokens // self.page_size // per_chunk) * per_chunk
-        even = num_pages // per_chunk * per_chunk
-        for begin in range(0, even, per_tile):
-            yield slice(begin, min(begin + per_tile, even))
-        if even < num_pages:
-            yield slice(even, num_pages)
+        for begin in range(0, num_pages, per_tile):
+            end = min(begin + per_tile, num_pages)
+            even = begin + (end - begin) // per_chunk * per_chunk
+            if even in (begin, end) or self.page_size * 2 >= _CHUNK_TOKENS:
+                yield slice(begin, end)
+            else:
+                yield slice(begin, even)
+                yield slice(even, end)
 
     def _chunk(self, num_pages: int) -> int:
         per_chunk = max(1, _CHUNK_TOKENS // self.page_size)
-        return (per_chunk if num_pages % per_chunk == 0 else num_pages) * self.page_size
+        if num_pages % per_chunk == 0:
+            return per_chunk * self.page_size
+        return self.page_size * (1 if self.page_size * 2 >= _CHUNK_TOKENS else num_pages)
 
     def _unread(self, span: Span, blocks: Array, whole: Array) -> Array:
         """Return the tokens of a tile that lie outside the read ranges."""
