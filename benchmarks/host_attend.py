@@ -1,6 +1,6 @@
 """Host attention over coded pages, against PyTorch's attention on uncompressed keys and values.
 
-One query token, 8 KV heads, group 4, head_dim 128, two threads. Every call is timed in turn in every
+One query token, 8 KV heads, group 4, head_dim 128, two threads. Calls are timed in turn in every
 round, and ratios are taken round by round, so that a machine that changes its speed cannot change
 them. PyTorch is optional (the ``bench`` extra): without it only our rows are printed.
 """

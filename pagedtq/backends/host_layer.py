@@ -30,7 +30,7 @@ _STREAMS: tuple[Stream, Stream] = ("key", "value")
 # Threads pay off once each has arrays of some hundred kilobytes; below, handing the GIL over costs
 # more than the second core brings.
 _PARALLEL_TOKENS = 2048
-_PIECE_VECTORS = 2048
+_PIECE_VECTORS = 4096
 
 
 class HostLayer:
