@@ -33,8 +33,17 @@ typedef Values<VALUE_FORMAT, HEAD_DIM> ValueRow;
 constexpr bool kKeyNorms = !is_exact(KEY_FORMAT);
 constexpr bool kValueNorms = !is_exact(VALUE_FORMAT);
 
-// Twice as many registers leave two blocks on a multiprocessor where three do not fit.
-constexpr bool kSmall = COLUMN_TILES == 1 && KEY_PROD == 0 && PADDED_DIM <= 128;
+// Blocks that share a multiprocessor: three where 168 registers do without spilling, which depends
+// on the architecture's scheduling.
+#ifndef __CUDA_ARCH__
+#define __CUDA_ARCH__ 900
+#endif
+#if COLUMN_TILES == 1 && !KEY_PROD && !SOFT_CAP && HEAD_DIM <= 128 && \
+    (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ >= 1200)
+#define BLOCKS 3
+#else
+#define BLOCKS 2
+#endif
 
 // Everything of a launch that is no array.
 struct AttendShape {
@@ -208,14 +217,13 @@ struct NormTile {
     u32 sample;           // value norms of two tokens, all tokens over the warp
 
     // `norms`: two bytes per token further than the extent.
-    DEVICE void load(const u8* norms, const AttendShape& shape, int g, int t) {
+    DEVICE void load_keys(const u8* norms, const AttendShape& shape, int g, int t) {
         sample = 0;
         if constexpr (kValueNorms) {
             sample = ldg32(norms + (shape.values.norms + (4 * (4 * g + t) & (32 * n - 1))));
         }
         const u8* key_plane = norms + (shape.keys.norms + 2 * g);
         const u8* residual_plane = norms + (shape.residual_norms + 2 * g);
-        const u8* value_plane = norms + (shape.values.norms + 4 * t);
 #pragma unroll
         for (int s = 0; s < n; ++s) {
 #pragma unroll
@@ -223,7 +231,18 @@ struct NormTile {
                 const int token = 16 * s + 8 * half;
                 if constexpr (kKeyNorms) keys[s][half] = ldg16(key_plane + 2 * token);
                 if constexpr (KEY_PROD) residuals[s][half] = ldg16(residual_plane + 2 * token);
-                if constexpr (kValueNorms) values[s][half] = ldg32(value_plane + 2 * token);
+            }
+        }
+    }
+    DEVICE void load_values(const u8* norms, const AttendShape& shape, int t) {
+        const u8* value_plane = norms + (shape.values.norms + 4 * t);
+#pragma unroll
+        for (int s = 0; s < n; ++s) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                if constexpr (kValueNorms) {
+                    values[s][half] = ldg32(value_plane + 2 * (16 * s + 8 * half));
+                }
             }
         }
     }
@@ -487,7 +506,8 @@ DEVICE void attend_cut(int begin, int end, const Unit& unit, const AttendShape& 
         NormTile<1> norms;
         keys.load(extent, shape, first, unit.g, unit.t);
         values.load(extent, shape, first, unit.g, unit.t);
-        norms.load(extent + 2 * first, shape, unit.g, unit.t);
+        norms.load_keys(extent + 2 * first, shape, unit.g, unit.t);
+        norms.load_values(extent + 2 * first, shape, unit.t);
         Scores<1> scores;
         score_tile(keys, norms, queries, key_table, shape.soft_cap, scores);
 #pragma unroll
@@ -544,9 +564,10 @@ DEVICE void attend_whole(int begin, int end, const Unit& unit, const AttendShape
 #pragma unroll 1
     while (true) {
         NormTile<SUBTILES> norms;
-        norms.load(norm_base, shape, unit.g, unit.t);
+        norms.load_keys(norm_base, shape, unit.g, unit.t);
         Scores<SUBTILES> scores;
         score_tile(keys, norms, queries, key_table, shape.soft_cap, scores);
+        norms.load_values(norm_base, shape, unit.t);
         tile = next_resident(tile + WARPS, end, unit, shape, page);
         extent = unit.extents + page * shape.page_stride;
         first = tile * TILE_TOKENS & in_page;
@@ -572,7 +593,7 @@ DEVICE u32 query_pair(const u16* row, int first, int second) {
 // unit_sequences i32[units] (-1: idle), first_units and splits i32[batch]. Unit u of sequence b is
 // column tile (u - first_unit) / splits, share (u - first_unit) % splits.
 // out f32[units, num_kv_heads, COLUMNS, head_dim], lse f32[units, num_kv_heads, COLUMNS].
-extern "C" __global__ void __launch_bounds__(32 * WARPS, kSmall ? 3 : 2)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
 attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ block_table,
        const i64* __restrict__ reads, const int* __restrict__ query_starts,
        const u16* __restrict__ query_rows, const float* __restrict__ query_scales,

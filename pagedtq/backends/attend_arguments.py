@@ -127,7 +127,8 @@ def tile_tokens(head_dim: int, key_format: int, value_format: int, column_tiles:
         return 32 if head_dim <= 64 and column_tiles == 1 else 16
     if head_dim > 128 or column_tiles == 2:
         return 16 if head_dim > 128 and column_tiles == 2 else 32
-    return 64
+    # Decoding values of 2 or 3 bits beside keys of another width takes most temporaries.
+    return 32 if head_dim > 64 and value_format < 4 and key_format != 3 else 64
 
 
 def is_prod(codec: Codec) -> bool:

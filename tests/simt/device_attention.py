@@ -8,7 +8,7 @@ from pagedtq.backends.attend_arguments import attend_kernel, attend_shape, table
 from pagedtq.backends.queries import check_queries, prepare_queries, unrotate_outputs
 from pagedtq.backends.states import merge_states
 
-from .harness import compile_kernels
+from tests.simt.harness import compile_kernels
 
 LOG2_E = 1.4426950408889634
 
