@@ -15,7 +15,7 @@ from pagedtq.config import CacheConfig, TurboQuant
 from pagedtq.paging.kernel_macros import DTYPE_NUMBERS
 
 BLOCK = 128
-NO_TABLES = StreamTables(None, None, None, None)
+NO_TABLES = StreamTables(*[None] * 6)
 STORAGE = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 
 
@@ -81,7 +81,7 @@ class DeviceLayer:
     @property
     def encoder(self) -> tuple[object, ...]:
         """The tables of both streams as `store` and `seal` take them."""
-        return (*self.tables[0], *self.tables[1][:2])
+        return (*self.tables[0][:4], *self.tables[1][:2])
 
     def grid(self, tokens: int) -> tuple[int, int]:
         """Blocks for an even number of lane groups per token pair and head, and both streams."""
@@ -125,6 +125,37 @@ class DeviceLayer:
             *self.encoder,
             seed=self.seed,
         )
+
+    def load(self, slots, kind: str = "f32") -> tuple[np.ndarray, np.ndarray]:
+        """Twin of `HostBackend.load`; the result's type is ``kind``."""
+        kernels = harness.compile_kernels(
+            "load.cu", {**self.macros, "OUTPUT_DTYPE": DTYPE_NUMBERS[kind]}
+        )
+        shape = (len(slots), self.config.num_kv_heads, self.config.head_dim)
+        keys, values = np.empty((2, *shape), STORAGE[kind])
+        codec = self.host.layers[self.layer].codecs[0]
+        factor = 0.0 if codec is None or codec.projection is None else codec.projection.factor
+        key_tables, value_tables = self.tables
+        kernels.launch(
+            "load",
+            self.grid(len(slots)),
+            BLOCK,
+            _read_only(slots),
+            np.int32(len(slots)),
+            np.int32(self.config.num_kv_heads),
+            *self.geometry,
+            keys,
+            values,
+            key_tables.book,
+            key_tables.inverse_rotation,
+            key_tables.mean,
+            key_tables.inverse_projection,
+            np.float32(factor),
+            value_tables.book,
+            value_tables.inverse_rotation,
+            seed=self.seed,
+        )
+        return keys, values
 
 
 def _token_rows(array: np.ndarray) -> tuple[np.ndarray, int]:
