@@ -53,9 +53,13 @@ DEVICE void append(const u8* row, bool aligned, const Tables& tables, const Targ
             read_chunk<from>(row, chunk, HEAD_DIM, aligned, x[j]);
         }
 #pragma unroll
-        for (int e = 0; e < 8; ++e) x[j][e] = here ? round_to<from, KV_DTYPE>(x[j][e]) : 0.0f;
+        for (int e = 0; e < 8; ++e) {
+            if (!here) x[j][e] = 0.0f;
+            if constexpr (from != KV_DTYPE) x[j][e] = round_to<KV_DTYPE>(x[j][e]);
+            if constexpr (Form::exact != 0) x[j][e] = round_to<Form::exact>(x[j][e]);
+        }
     }
-    if constexpr (Form::exact) {
+    if constexpr (Form::exact != 0) {
         if (!to.active) return;
         u8* place = to.place.row(Form::codes_at, Form::row);
 #pragma unroll

@@ -1,132 +1,136 @@
-// Codes to half precision in registers: words of a page in, pairs of halves out, nothing in memory.
+// Decoding one token's rows of a page into registers.
 //
-// what      lookup tables held in registers, and one function per word layout of docs/page-format.md
-// mapping   none: one call decodes one 32-bit word of one lane
-// bytes     none moved
-// host twin pagedtq/backends/page_reader.py (StreamReader.tile)
-//
-// A half is two bytes, looked up apart by PRMT (a byte permutation with run-time selectors: eight
-// entries addressed by three bits) and interleaved by a second PRMT. Key words hold elements of one
-// token, and a pair is two of them; value words hold two tokens of the same channels, byte by byte,
-// and a pair is the two tokens of one channel. *_ELEMENT gives the element (or channel) of a pair
-// relative to the first of its word.
+// what      rotated coordinates (norm times table value), QJL signs times the residual norm, and the
+//           inverse rotation
+// mapping   kLanes lanes per vector, chunks of 8 elements (rotation.cuh)
+// bytes     reads the token's code row, sign row and norms
+// host twin pagedtq/backends/page_reader.py (rows, qjl_rows), pagedtq/codec/rotation.py (inverse)
 
 #pragma once
 
-#include "device.cuh"
+#include "codec.cuh"
 
-// Eight halves: their high bytes, then their low bytes; four halves use words 0 and 2 alone. Kernels
-// take tables by value: from the constant bank one operand of a permutation costs no register.
-struct Table {
-    u32 high[2], low[2];
-};
-
-// Interleave low and high bytes to halves: of neighbouring bytes (0 1, 2 3), or of bytes two apart
-// (0 2, 1 3), as key and value words need.
-#define PAIR_BYTES_01 0x5140u
-#define PAIR_BYTES_23 0x7362u
-#define PAIR_BYTES_02 0x6240u
-#define PAIR_BYTES_13 0x7351u
-
-// ---- width 4: eight nibbles in a word, four pairs out ------------------------------------------
-
-// Signs of the first four elements at the top of the bytes of `signs`, those of the others in
-// `more_signs`; lop3 0xEA is a & b | c.
-DEVICE void decode_nibbles(u32 word, u32 signs, u32 more_signs, const Table& table, u32 first,
-                           u32 second, u32* pairs) {
-    const u32 index = word & 0x77777777u;
-    u32 high = lop3<0xEA>(signs, 0x80808080u, prmt(table.high[0], table.high[1], index));
-    u32 low = prmt(table.low[0], table.low[1], index);
-    pairs[0] = prmt(low, high, first);
-    pairs[1] = prmt(low, high, second);
-    const u32 rest = index >> 16;
-    high = lop3<0xEA>(more_signs, 0x80808080u, prmt(table.high[0], table.high[1], rest));
-    low = prmt(table.low[0], table.low[1], rest);
-    pairs[2] = prmt(low, high, first);
-    pairs[3] = prmt(low, high, second);
-}
-
-// Moved signs: one mask finds those of four elements. Pairs of elements 0 1, 2 3, 4 5, 6 7.
-DEVICE void decode_keys4(u32 word, const Table& table, u32* pairs) {
-    decode_nibbles(word, word, word << 4, table, PAIR_BYTES_01, PAIR_BYTES_23, pairs);
-}
-
-// Plain nibbles: PRMT's sign-replicate mode spreads bit 7 of a byte. Channels 0, 1, 2, 3.
-DEVICE void decode_values4(u32 word, const Table& table, u32* pairs) {
-    const u32 left = word << 4;
-    decode_nibbles(word, prmt(left, word, 0xD9C8u), prmt(left, word, 0xFBEAu), table,
-                   PAIR_BYTES_02, PAIR_BYTES_13, pairs);
-}
-
-// ---- width 3: sixteen 2-bit magnitudes in a word, signs in another, eight pairs out ------------
-
-// `signs`: bits 0, 1, 4, 5 of its bytes belong to this word. Nibble selectors of the even and of
-// the odd fields come from one mask and one merge each; lop3 0xF8 is a | b & c.
-DEVICE void decode_signed_fields(u32 word, u32 signs, const Table& table, u32 first, u32 second,
-                                 u32* pairs) {
+// Read a chunk's `count` bytes of one token; what lies beyond the row is 0.
+template <class Form, int count>
+DEVICE u64 get_chunk(const Place& place, int plane_at, int row_bytes, int first) {
+    constexpr bool words = HEAD_DIM % 16 == 0;
+    const u8* row = place.stream_row<Form>(plane_at, row_bytes);
+    if constexpr (Form::paired) {
+        const bool odd = place.offset % 2;
+        const u8* at = row + 2 * first;
+        const u32 pick = odd ? 0x7531 : 0x6420;
+        if constexpr (words && count == 8) {
+            const uint4 v = ldg128(at - odd);
+            return prmt(v.x, v.y, pick) | static_cast<u64>(prmt(v.z, v.w, pick)) << 32;
+        } else if constexpr (words && count == 4) {
+            const uint2 v = ldg64(at - odd);
+            return prmt(v.x, v.y, pick);
+        } else if constexpr (words && count == 2) {
+            return prmt(ldg32(at - odd), 0, pick & 0xff) & 0xffff;
+        }
+        u64 bytes = 0;
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-        const u32 fields = (word >> 2 * odd) & 0x33333333u;
-        u32 index = lop3<0xF8>(fields, signs << (2 - odd), 0x44444444u);
+        for (int i = 0; i < count; ++i) {
+            if (first + i < row_bytes) bytes |= static_cast<u64>(ldg8(at + 2 * i)) << 8 * i;
+        }
+        return bytes;
+    } else {
+        const u8* at = row + first;
+        if constexpr (words && count == 8) {
+            const uint2 v = ldg64(at);
+            return v.x | static_cast<u64>(v.y) << 32;
+        } else if constexpr (words && count == 4) {
+            return ldg32(at);
+        } else if constexpr (words && count == 2) {
+            return ldg16(at);
+        }
+        u64 bytes = 0;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const u32 high = prmt(table.high[0], table.high[1], index);
-            const u32 low = prmt(table.low[0], table.low[1], index);
-            pairs[4 * odd + 2 * half] = prmt(low, high, first);
-            pairs[4 * odd + 2 * half + 1] = prmt(low, high, second);
-            index >>= 16;
+        for (int i = 0; i < count; ++i) {
+            if (first + i < row_bytes) bytes |= static_cast<u64>(ldg8(at + i)) << 8 * i;
+        }
+        return bytes;
+    }
+}
+
+// The inverse of `put_codes` and the norm: x[j][e] = norm * table[code], 0 where nothing exists.
+template <class Form>
+DEVICE void decode(const Place& place, bool active, const Book<Form>& book, Elements& x, int lane) {
+    constexpr int count = Form::sign_row > 0 ? 2 : Form::bits;
+    const float norm = active ? f16_to_f32(ldg16(place.row(Form::norms_at, 2))) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kSpan; ++j) {
+        const int chunk = lane + kLanes * j;
+        const bool here = active && chunk < kChunks;
+        u64 bytes = 0;
+        u32 nibbles = 0;
+        if (here) {
+            bytes = get_chunk<Form, count>(place, Form::codes_at, Form::row, chunk * count);
+            if constexpr (Form::sign_row > 0) {
+                constexpr int distance = Form::sign_distance;
+                const int first = chunk / (2 * distance) * 2 * distance + chunk % distance * 2;
+                nibbles = static_cast<u32>(
+                    get_chunk<Form, 2>(place, Form::signs_at, Form::sign_row, first));
+                if (chunk & distance) nibbles >>= 2;
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            int magnitude;
+            bool negative;
+            if constexpr (Form::sign_row > 0) {
+                magnitude = static_cast<int>(bytes >> 2 * e & 3);
+                // Bits 0, 1, 4, 5 of the byte of elements 0..3, then of 4..7.
+                negative = nibbles >> (e / 4 * 8 + e % 4 / 2 * 4 + e % 2) & 1;
+            } else if constexpr (Form::is_key && Form::bits == 4 && HEAD_DIM % 16 == 0) {
+                magnitude = static_cast<int>(bytes >> 4 * e & 7);
+                negative = bytes >> (e < 4 ? 8 * e + 7 : 8 * e - 29) & 1;
+            } else {
+                const int code = static_cast<int>(bytes >> Form::bits * e) & (2 * book.cells - 1);
+                magnitude = code & (book.cells - 1);
+                negative = code >= book.cells;
+            }
+            const float size = book.magnitude(magnitude);
+            const bool inside = here && exists(lane, j, e);
+            x[j][e] = inside ? mul_rn(negative ? -size : size, norm) : 0.0f;
         }
     }
 }
 
-// Elements of pair n: KEY3_ELEMENT(n) and two behind it.
-#define KEY3_ELEMENT(n) (4 * ((n) & 3) + ((n) >> 2))
-DEVICE void decode_keys3(u32 word, u32 signs, const Table& table, u32* pairs) {
-    decode_signed_fields(word, signs, table, PAIR_BYTES_01, PAIR_BYTES_23, pairs);
-}
-
-#define VALUE3_ELEMENT(n) (2 * ((n) & 3) + ((n) >> 2))
-DEVICE void decode_values3(u32 word, u32 signs, const Table& table, u32* pairs) {
-    decode_signed_fields(word, signs, table, PAIR_BYTES_02, PAIR_BYTES_13, pairs);
-}
-
-// ---- width 2: sixteen codes in a word, eight pairs out -----------------------------------------
-
-// Four entries leave room for both bytes of a half in one permutation: a selector byte is the code
-// twice, plus 4 in the upper nibble, where the high bytes begin. Multiplying spreads the code.
-DEVICE void decode_fields2(u32 word, const Table& table, u32* pairs) {
+// Prod: the residual norm with the stored signs.
+template <class Form>
+DEVICE void decode_signs(const Place& place, bool active, Elements& x, int lane) {
+    const float gamma = active ? f16_to_f32(ldg16(place.row(Form::residual_norms_at, 2))) : 0.0f;
+    const u8* row = place.row(Form::qjl_at, kChunks);
 #pragma unroll
-    for (int field = 0; field < 4; ++field) {
-        const u32 selector = ((word >> 2 * field) & 0x03030303u) * 0x11u + 0x40404040u;
-        pairs[2 * field] = prmt(table.low[0], table.high[0], selector);
-        pairs[2 * field + 1] = prmt(table.low[0], table.high[0], selector >> 16);
+    for (int j = 0; j < kSpan; ++j) {
+        const int chunk = lane + kLanes * j;
+        const u32 byte = active && chunk < kChunks ? ldg8(row + chunk) : 0;
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            const float signed_norm = byte >> e & 1 ? gamma : -gamma;
+            x[j][e] = active && exists(lane, j, e) ? signed_norm : 0.0f;
+        }
     }
 }
 
-// Elements of pair n of a key word: KEY2_ELEMENT(n) and four behind it.
-#define KEY2_ELEMENT(n) (8 * ((n) & 1) + ((n) >> 1))
-#define VALUE2_ELEMENT(n) (4 * ((n) & 1) + ((n) >> 1))
-
-// ---- any width, element by element -------------------------------------------------------------
-
-// Code of one element of a row whose bytes lie `step` apart (2 in interleaved planes), by the
-// format's rules for `width` in rows of `head_dim`. `period`: sign bytes of a group (width 3).
-template <int width, int head_dim, int step, int period>
-DEVICE u32 code_at(const u8* codes, const u8* signs, int element) {
-    if (width == 3 && head_dim % 16 == 0) {
-        const int byte = element >> 2, place = byte % (2 * period), in = element & 3;
-        const u32 index = ldg8(codes + step * byte) >> 2 * in & 3;
-        const int bit = (in & 1) + 4 * (in >> 1) + 2 * (place / period);
-        const u32 sign = ldg8(signs + step * (byte / (2 * period) * period + place % period));
-        return index | (sign >> bit & 1) << 2;
+// x becomes R^T x. `table`: sign bits, or for dense rotations the orthogonal matrices in float64.
+template <bool dense>
+DEVICE void unrotate(const void* table, int head, Elements& x, int lane, float* scratch) {
+    if constexpr (dense) {
+        const double* matrices = static_cast<const double*>(table);
+        multiply<double, true>(matrices + static_cast<i64>(head) * HEAD_DIM * HEAD_DIM, x, lane,
+                               scratch);
+    } else {
+        const float scale = static_cast<float>(1.0 / ROOT_HEAD_DIM);
+#pragma unroll
+        for (int j = 0; j < kSpan; ++j) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) x[j][e] = mul_rn(x[j][e], scale);
+        }
+        // The transform is symmetric, so its inverse is itself with the signs last.
+        hadamard(x, lane);
+        if constexpr (kOdd > 1) hartley_parts(x);
+        apply_signs(static_cast<const u8*>(table) + head * kChunks, x, lane);
     }
-    if (width == 4 && head_dim % 16 == 0 && step == 1) {
-        const int word = element >> 3 << 2, n = element & 7;
-        const u32 index = ldg8(codes + word + (n >> 1)) >> 4 * (n & 1) & 7;
-        return index | (ldg8(codes + word + (n & 3)) >> (n < 4 ? 7 : 3) & 1) << 3;
-    }
-    const int bit = element * width, byte = bit >> 3, shift = bit & 7;
-    u32 window = ldg8(codes + step * byte);
-    if (shift + width > 8) window |= static_cast<u32>(ldg8(codes + step * (byte + 1))) << 8;
-    return window >> shift & ((1u << width) - 1);
 }

@@ -14,7 +14,7 @@
 
 #pragma once
 
-#include "decode.cuh"
+#include "fragments.cuh"
 
 #define FORMAT_F16 16
 #define FORMAT_BF16 17

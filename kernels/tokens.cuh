@@ -28,10 +28,12 @@ DEVICE u32 narrow(float x) {
     return float_bits(x);
 }
 
-// Round to `to`, nothing where the data were of that type already.
-template <int from, int to>
+// Round to `to`. As on the host, rounding to f16 leaves no negative zero.
+template <int to>
 DEVICE float round_to(float x) {
-    return from == to || to == F32 ? x : widen<to>(narrow<to>(x));
+    if constexpr (to == F32) return x;
+    const float rounded = widen<to>(narrow<to>(x));
+    return to == F16 ? add_rn(rounded, 0.0f) : rounded;
 }
 
 // Read elements [8 chunk, 8 chunk + 8) of a row; those from `count` on are 0. `aligned`: the row

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..codec.codebook import Codebook
-from ..codec.qjl import Projection
 from ..codec.rotation import Rotation
 from ..codec.turboquant import TurboQuantCodec
 
@@ -32,19 +31,35 @@ class StreamTables(NamedTuple):
         Subtracted before encoding.
     projection : ndarray or None
         Prod: ``float32[H, d, d]`` Gaussian matrices, or a rotation's table.
+    inverse_rotation, inverse_projection : ndarray or None
+        What decoding reads instead: the same, but for dense rotations the orthogonal matrices.
     """
 
     book: npt.NDArray[np.float32]
     rotation: Array
     mean: npt.NDArray[np.float32] | None
     projection: Array | None
+    inverse_rotation: Array
+    inverse_projection: Array | None
 
 
 def stream_tables(codec: TurboQuantCodec) -> StreamTables:
     """Return the tables of a codec."""
-    projection = None if codec.projection is None else projection_table(codec.projection)
+    rotation, projection = codec.rotation, codec.projection
+    forward = backward = None
+    if projection is not None:
+        if projection.rotation is None:
+            forward = backward = projection.matrices
+        else:
+            forward = rotation_table(projection.rotation)
+            backward = inverse_table(projection.rotation)
     return StreamTables(
-        book_table(codec.book), rotation_table(codec.rotation), codec.mean, projection
+        book_table(codec.book),
+        rotation_table(rotation),
+        codec.mean,
+        forward,
+        inverse_table(rotation),
+        backward,
     )
 
 
@@ -79,9 +94,6 @@ def rotation_table(rotation: Rotation) -> Array:
     return np.packbits(rotation.signs < 0, axis=-1, bitorder="little")
 
 
-def projection_table(projection: Projection) -> Array:
-    """Return the Gaussian matrices, or the table of the second rotation."""
-    if projection.rotation is not None:
-        return rotation_table(projection.rotation)
-    assert projection.matrices is not None
-    return projection.matrices
+def inverse_table(rotation: Rotation) -> Array:
+    """Return what the kernels' ``unrotate`` reads: sign bits, or the orthogonal matrices."""
+    return rotation_table(rotation) if rotation.matrices is None else rotation.matrices
