@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ..codec.codebook import codebook
 from ..config import Codec, Exact
 from ..paging.layout import PageLayout
+from ..paging.table_views import Reads
 
 Array = npt.NDArray[Any]
 
@@ -214,5 +215,37 @@ def attend_shape(
     shape["window_left"] = -1 if window_left is None else window_left
     shape["soft_cap"] = 0.0 if soft_cap is None else soft_cap
     shape["has_offsets"] = has_offsets
-    filled: np.void = shape[()]
+    filled: Any = shape[()]
+    assert isinstance(filled, np.void)
     return filled
+
+
+def score_starts(table: Array, reads: Reads, page_size: int) -> tuple[Array, Array]:
+    """Say where the scores of every sequence and block go in a ragged row.
+
+    Parameters
+    ----------
+    table : ndarray of int32 ``[batch, max_blocks]``
+        Page of each block; 0 where evicted.
+    reads : Reads
+        Which positions are read.
+    page_size : int
+        Tokens per page.
+
+    Returns
+    -------
+    sequence_starts : ndarray of int64 ``[batch + 1]``
+    block_starts : ndarray of int64 ``[batch, max_blocks]``
+        From the start of the sequence.
+    """
+    begin = np.arange(table.shape[1], dtype=np.int64) * page_size
+    low = np.maximum(begin, reads.first[:, None])
+    high = np.minimum(begin + page_size, reads.stop[:, None])
+    keep, start = reads.keep[:, None], reads.start[:, None]
+    below = np.maximum(np.minimum(high, keep) - low, 0)
+    above = np.maximum(high - np.maximum(low, start), 0)
+    counts = np.where(keep >= start, np.maximum(high - low, 0), below + above)
+    counts = np.where(table != 0, counts, 0)
+    ends = counts.cumsum(axis=1)
+    totals = np.concatenate([[0], counts.sum(axis=1).cumsum()])
+    return totals.astype(np.int64), ends - counts

@@ -74,15 +74,15 @@ class Specialisation(NamedTuple):
     """A kernel file with the macros that fix its compile-time choices, in name order."""
 
     file: str
-    macros: tuple[tuple[str, int], ...]
+    macros: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
         return f"{self.file} [{' '.join(f'{name}={value}' for name, value in self.macros)}]"
 
 
-def specialise(file: str, macros: Mapping[str, int]) -> Specialisation:
+def specialise(file: str, macros: Mapping[str, object]) -> Specialisation:
     """Name a specialisation; the order of macros does not matter."""
-    return Specialisation(file, tuple(sorted(macros.items())))
+    return Specialisation(file, tuple(sorted((name, str(value)) for name, value in macros.items())))
 
 
 def compile_options(special: Specialisation) -> tuple[str, ...]:

@@ -16,8 +16,11 @@ import pytest
 #: Instructions of the integer and logic pipe, half the issue rate of the others on sm_80 to sm_90:
 #: what bounds decoding.
 ALU = frozenset(
-    "LOP3 PRMT SHF ISETP FSETP FMNMX FMNMX3 SEL FSEL IADD3 IADD LEA VOTE PLOP3 MOV VIADD VIADDMNMX "
-    "VIMNMX VIMNMX3 HSETP2 HMNMX2 IABS IMNMX BREV FLO POPC SGXT BMSK VABSDIFF R2P P2R".split()
+    (
+        *("LOP3", "PRMT", "SHF", "ISETP", "FSETP", "FMNMX", "FMNMX3", "SEL", "FSEL", "IADD3"),
+        *("IADD", "LEA", "VOTE", "PLOP3", "MOV", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3"),
+        *("HSETP2", "HMNMX2", "IABS", "IMNMX", "BREV", "FLO", "POPC", "SGXT", "BMSK", "R2P", "P2R"),
+    )
 )
 _LABEL = re.compile(r"^\.(L_x_\d+):")
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);")
@@ -71,7 +74,7 @@ def _disassembler() -> Path:
 
 
 def disassemble(image: bytes) -> list[tuple[str, str]]:
-    """Return the instructions of a cubin as (opcode without modifiers, text); labels as ("", name)."""
+    """Return a cubin's instructions as (opcode without modifiers, text), labels as ("", name)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(image)
         file.flush()

@@ -1,4 +1,4 @@
-"""Measure every specialisation of the gate and write ``budget.json``: python -m tests.gate.update."""
+"""Measure the gate's specialisations, write ``budget.json``: python -m tests.gate.update."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import numpy as np
 from pagedtq.backends.attend_arguments import attend_kernel, attend_shape, table_entries
 from pagedtq.backends.queries import check_queries, prepare_queries, unrotate_outputs
 from pagedtq.backends.states import merge_states
-
 from tests.simt.harness import compile_kernels
 
 LOG2_E = 1.4426950408889634
@@ -45,8 +44,19 @@ class DeviceAttention:
         self.backend, self.layer = backend, layer
         self.host = backend.layers[layer]
 
-    def parts(self, queries, table, reads, sm_scale, q_lens, splits, *, soft_cap=None,
-              window_left=None, seed=0):
+    def parts(
+        self,
+        queries,
+        table,
+        reads,
+        sm_scale,
+        q_lens,
+        splits,
+        *,
+        soft_cap=None,
+        window_left=None,
+        seed=0,
+    ):
         """Return per-unit states ``out [units, heads, columns, dim]``, ``lse`` and the plan."""
         layout, config = self.backend.layout, self.backend.config
         heads, dim = config.num_kv_heads, config.head_dim

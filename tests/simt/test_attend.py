@@ -11,7 +11,6 @@ from pagedtq import CacheConfig, Exact, LayerOverride, PagedKVCache, TurboQuant
 from pagedtq.codec import DenseRotationWarning
 from pagedtq.config import PRESETS
 from tests.reference import relative_error, softmax_attention
-
 from tests.simt.device_attention import DeviceAttention
 
 HEADS = 2
@@ -20,7 +19,6 @@ BOUND = 2e-3
 CODECS = {
     **PRESETS,
     "k2v3": (TurboQuant(bits=2), TurboQuant(bits=3)),
-    "k4v2": (TurboQuant(bits=4), TurboQuant(bits=2)),
     "k1v6": (TurboQuant(bits=1), TurboQuant(bits=6)),
     "k5v7": (TurboQuant(bits=5, scale="unbiased"), TurboQuant(bits=7, scale="none")),
     "orthogonal4v4": (
@@ -40,19 +38,16 @@ SHAPES = {
     128: [(8, (1, 1, 1, 1, 1), 2, False), (3, (1, 1, 4, 2, 1), 4, True)],
 }
 
-# Every format in every page size once; dims, groups, query tokens, splits and holes in turn.
+# Formats, dims and page sizes pairwise; groups, query tokens, parts and holes come with the shape.
 MATRIX = [
     ("k4v4", 128, 16, 0), ("k4v4", 128, 64, 0), ("k4v4", 128, 128, 1), ("k4v4", 64, 64, 1),
-    ("k4v4", 96, 16, 1), ("k4v4", 256, 64, 0), ("k3v3", 128, 16, 1), ("k3v3", 128, 64, 0),
-    ("k3v3", 64, 128, 0), ("k3v3", 256, 64, 1), ("k2v2", 128, 16, 0), ("k2v2", 64, 64, 0),
-    ("k2v2", 128, 128, 1), ("k2v2", 256, 16, 1), ("k3v4", 128, 64, 1), ("k4v3", 64, 16, 0),
-    ("k3v2", 128, 128, 0), ("k2v3", 96, 16, 0), ("k4v2", 256, 64, 0), ("exact", 128, 64, 0),
-    ("exact", 64, 16, 1), ("exact", 96, 16, 0), ("exact", 256, 128, 0), ("k4exact", 128, 64, 1),
-    ("exactv4", 64, 64, 0), ("prod4v4", 128, 64, 0), ("prod3v3", 64, 16, 1),
-    ("orthogonal4v4", 256, 64, 0), ("k8v8", 64, 16, 0), ("k8v4", 128, 64, 1), ("k1v6", 64, 16, 1),
-    ("k5v7", 64, 16, 0), ("bf16", 64, 16, 1), ("f32", 96, 16, 0), ("k4v4", 80, 16, 0),
-    ("k3v3", 112, 16, 1), ("k4v4", 160, 64, 1), ("k2v2", 192, 16, 0), ("prod4v4", 80, 16, 1),
-    ("k3v3", 20, 16, 0),
+    ("k4v4", 96, 16, 1), ("k4v4", 256, 64, 0), ("k3v3", 128, 16, 1), ("k3v3", 64, 128, 0),
+    ("k3v3", 256, 64, 1), ("k2v2", 128, 128, 1), ("k2v2", 64, 64, 0), ("k2v2", 256, 16, 1),
+    ("k3v4", 128, 64, 1), ("k4v3", 64, 16, 0), ("k2v3", 96, 16, 0), ("exact", 128, 64, 0),
+    ("exact", 64, 16, 1), ("exact", 256, 128, 0), ("k4exact", 128, 64, 1), ("exactv4", 64, 64, 0),
+    ("prod4v4", 128, 64, 0), ("orthogonal4v4", 256, 64, 0), ("k8v8", 64, 16, 0),
+    ("k1v6", 64, 16, 1), ("k5v7", 64, 128, 0), ("bf16", 64, 16, 1), ("f32", 96, 16, 0),
+    ("k4v4", 160, 64, 1), ("prod4v4", 80, 16, 1), ("k3v3", 20, 16, 0),
 ]  # fmt: skip
 
 
@@ -204,9 +199,7 @@ def test_layers_of_either_pool_order_are_read_in_place():
     rng = np.random.default_rng(11)
     override = LayerOverride(layers=(0,), keys=Exact(), values=Exact())
     for order in ("layer_major", "page_major"):
-        cache = make_cache(
-            "k3v3", 64, 16, num_layers=2, overrides=(override,), pool_order=order
-        )
+        cache = make_cache("k3v3", 64, 16, num_layers=2, overrides=(override,), pool_order=order)
         ids = fill(cache, [50, 20], rng)
         for layer in (0, 1):
             check(cache, ids, [1, 1], 4, 2, rng, layer=layer)
