@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pagedtq.backends.kernel_source import compile_cubin
+from pagedtq.backends.kernel_source import compile_cubin, specialise
+from pagedtq.errors import KernelCompileError
 from tests.gate import sass
 from tests.gate.specialisations import (
     ARCHITECTURES,
@@ -50,6 +51,12 @@ def test_the_loop_stays_within_its_budget_and_nothing_spills(compiled):
     assert cubin.registers <= allowed["registers"]
     assert loop.total / elements(kernel) <= allowed["instructions"] + 0.01
     assert loop.alu / elements(kernel) <= allowed["alu"] + 0.01
+
+
+def test_a_failed_compile_names_the_specialisation_and_shows_the_log():
+    with pytest.raises(KernelCompileError, match=r"attend\.cu \[HEAD_DIM=128\].*sm_90") as failure:
+        compile_cubin(specialise("attend.cu", {"HEAD_DIM": 128}), 90)
+    assert "KEY_FORMAT" in str(failure.value)
 
 
 def test_a_loop_is_the_shortest_with_enough_matrix_instructions():

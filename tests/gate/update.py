@@ -1,8 +1,12 @@
-"""Measure the gate's specialisations, write ``budget.json``: python -m tests.gate.update."""
+"""Measure the gate's specialisations and write ``budget.json``.
+
+``python -m tests.gate.update [name ...]``: all of them, or those named.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 from pagedtq.backends.kernel_source import compile_cubin
@@ -16,9 +20,11 @@ from tests.gate.specialisations import (
 )
 
 
-def main() -> None:
-    budget: dict[str, dict[str, dict[str, float]]] = {}
-    for name, kernel in ATTEND.items():
+def main(chosen: list[str]) -> None:
+    target = Path(__file__).parent / "budget.json"
+    budget = json.loads(target.read_text(encoding="utf-8")) if chosen else {}
+    for name in chosen or ATTEND:
+        kernel = ATTEND[name]
         budget[name] = {}
         for arch in ARCHITECTURES:
             cubin = compile_cubin(specialisation(kernel), arch)
@@ -30,9 +36,8 @@ def main() -> None:
             }
             budget[name][str(arch)] = figures
             print(f"{name:18} sm_{arch:<4} {figures} spills {cubin.spill_bytes} bytes")
-    target = Path(__file__).parent / "budget.json"
     target.write_text(json.dumps(budget, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
