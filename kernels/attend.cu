@@ -23,7 +23,8 @@
 
 // Blocks that share a multiprocessor: three where 168 registers do without spilling, which depends
 // on how the compiler schedules for an architecture.
-#if COLUMN_TILES > 1 || KEY_PROD || SOFT_CAP || HEAD_DIM > 128 || KEY_FORMAT > 8 || VALUE_FORMAT > 8
+#if COLUMN_TILES > 1 || KEY_PROD || SOFT_CAP || HEAD_DIM > 128 || KEY_FORMAT > 8 || \
+    VALUE_FORMAT > 8
 #define BLOCKS 2
 #elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ / 100 == 10)
 #define BLOCKS 2
@@ -141,8 +142,8 @@ DEVICE void attend_whole(int begin, int end, const Unit& unit, const AttendShape
     }
 }
 
-// queries [tokens, num_q_heads, head_dim] f16, rotated; query_scales [tokens, num_q_heads] f32 (log2
-// units per product); sketches likewise projected (KEY_PROD); offsets [tokens, num_q_heads].
+// queries [tokens, num_q_heads, head_dim] f16, rotated; query_scales [tokens, num_q_heads] f32
+// (log2 units per product); sketches likewise projected (KEY_PROD); offsets [tokens, num_q_heads].
 // reads i64[5, batch]: kv_len, first, stop, keep, start. query_starts i32[batch + 1]. The plan:
 // unit_sequences i32[units] (-1: idle), first_units and splits i32[batch]. Unit u of sequence b is
 // column tile (u - first_unit) / splits, share (u - first_unit) % splits.
@@ -234,11 +235,13 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
             for (int lanes = 4; lanes < 32; lanes *= 2) mass += shfl_xor(mass, lanes);
             if (g == 0) {
                 masses[warp][8 * j + 2 * t + c] = mass;
-                references[warp][8 * j + 2 * t + c] = mass > 0.0f ? state.reference[j][c] : NO_SCORE;
+                references[warp][8 * j + 2 * t + c] =
+                    mass > 0.0f ? state.reference[j][c] : NO_SCORE;
             }
         }
     }
     sync_block();
+    const i64 first_row = (static_cast<i64>(index) * shape.num_kv_heads + head) * COLUMNS;
     float factor[COLUMN_TILES][2];
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {
@@ -258,7 +261,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
             if (warp == 0 && g == 0 && column < num_columns) {
                 float value = none ? NO_SCORE : (reference + lg2(mass)) * 0.693147181f;
                 if (!SOFT_CAP && shape.has_offsets) value += offsets[row_index[column]];
-                lse[(static_cast<i64>(index) * shape.num_kv_heads + head) * COLUMNS + column] = value;
+                lse[first_row + column] = value;
             }
         }
     }
@@ -281,7 +284,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
         }
         sync_block();
     }
-    float* target = out + (static_cast<i64>(index) * shape.num_kv_heads + head) * COLUMNS * HEAD_DIM;
+    float* target = out + first_row * HEAD_DIM;
     for (int at = thread; at < num_columns * HEAD_DIM; at += 32 * WARPS) {
         target[at] = merged[at / HEAD_DIM * PADDED_DIM + at % HEAD_DIM];
     }

@@ -1,6 +1,6 @@
 // Codes to half precision in registers: words of a page in, pairs of halves out, nothing in memory.
 //
-// what      lookup tables held in registers, and one function per word layout of docs/page-format.md
+// what      lookup tables held in registers, and a function per word layout (docs/page-format.md)
 // mapping   none: one call decodes one 32-bit word of one lane
 // bytes     none moved
 // host twin pagedtq/backends/page_reader.py (StreamReader.tile)

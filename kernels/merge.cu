@@ -9,6 +9,7 @@
 // Parts are merged in order of their positions, so a row's result does not depend on the batch.
 // Without any key, out is 0 and lse -inf.
 
+#include "batch.cuh"
 #include "decode.cuh"
 
 #define MINUS_INFINITY (-bits_float(0x7f800000u))
@@ -48,17 +49,6 @@ struct Merged {
         }
     }
 };
-
-// The sequence that owns a token: the last whose first token is not beyond it.
-DEVICE int sequence_of(const int* starts, int batch, int token) {
-    int low = 0, high = batch - 1;
-    while (low < high) {
-        const int middle = (low + high + 1) / 2;
-        if (starts[middle] <= token) low = middle;
-        else high = middle - 1;
-    }
-    return low;
-}
 
 // part_outs f32[units, num_kv_heads, columns, HEAD_DIM] and part_lses belong to `attend`, as do
 // query_starts, first_units and splits. other_out, other_lse (both or neither) and out are

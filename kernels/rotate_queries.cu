@@ -50,6 +50,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     __shared__ float scratch[kVectorsPerBlock * HEAD_DIM];
     const int index = blockIdx.x * kVectorsPerBlock + threadIdx.x / kLanes;
     const int lane = threadIdx.x % kLanes;
+    constexpr int row_bytes = HEAD_DIM * element_bytes<INPUT_DTYPE>();
     float* mine = scratch + threadIdx.x / kLanes * HEAD_DIM;
     // Lanes without a row follow the others through the exchanges.
     const bool exists = index < num_rows;
@@ -62,17 +63,18 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kSpan; ++j) {
         const int chunk = lane + kLanes * j;
         if (chunk < kChunks) {
-            const u8* row = queries + at * (HEAD_DIM * element_bytes<INPUT_DTYPE>());
-            read_chunk<INPUT_DTYPE>(row, chunk, HEAD_DIM, rows_aligned(queries, HEAD_DIM * element_bytes<INPUT_DTYPE>()), x[j]);
+            const bool aligned = rows_aligned(queries, row_bytes);
+            read_chunk<INPUT_DTYPE>(queries + at * row_bytes, chunk, HEAD_DIM, aligned, x[j]);
         } else {
 #pragma unroll
             for (int e = 0; e < 8; ++e) x[j][e] = 0.0f;
         }
         if (key_mean != nullptr) {
+            const float* mean = key_mean + static_cast<i64>(head) * HEAD_DIM;
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
                 const int i = 8 * chunk + e;
-                if (i < HEAD_DIM) shift += x[j][e] * key_mean[static_cast<i64>(head) * HEAD_DIM + i];
+                if (i < HEAD_DIM) shift += x[j][e] * mean[i];
             }
         }
     }

@@ -19,7 +19,8 @@ DEVICE int count_readable(const Reach& reach, int from, int to) {
     return max(min(high, reach.keep) - low, 0) + max(high - max(low, reach.start), 0);
 }
 
-// queries and units as in attend.cu, one token each. query_offsets [batch, num_q_heads] is q . mean.
+// queries and units as in attend.cu, one token each. query_offsets
+// [batch, num_q_heads] is q . mean.
 // sequence_starts i64[batch + 1] and block_starts i64[batch, table_stride] index a row of scores
 // f32[num_q_heads, sequence_starts[batch]]; block_starts counts from the sequence's start.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)

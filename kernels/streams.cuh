@@ -51,7 +51,7 @@ DEVICE constexpr int load_bytes(int bytes, int lanes) {
 }
 
 DEVICE constexpr bool is_tuned(int format, int head_dim) {
-    return head_dim % 16 == 0 && (format == 2 || format == 3 || format == 4 || format == FORMAT_F16) &&
+    return head_dim % 16 == 0 && ((format >= 2 && format <= 4) || format == FORMAT_F16) &&
            load_bytes(row_bytes(format, head_dim), 4) != 0 &&
            load_bytes(2 * row_bytes(format, head_dim), 8) != 0;
 }

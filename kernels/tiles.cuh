@@ -270,7 +270,8 @@ DEVICE void score_tile(const KeyTile<subtiles>& keys, const NormTile<subtiles>& 
 #pragma unroll
         for (int n = 0; n < Sketch::kPairs; n += 2) {
             const Sketch &upper = keys.sketches[s][0], &lower = keys.sketches[s][1];
-            const u32 left[4] = {upper.pair(n), lower.pair(n), upper.pair(n + 1), lower.pair(n + 1)};
+            const u32 left[4] = {upper.pair(n), lower.pair(n), upper.pair(n + 1),
+                                 lower.pair(n + 1)};
 #pragma unroll
             for (int j = 0; j < COLUMN_TILES; ++j) {
                 mma_f16(residual[j], left, queries.sketch[j][n], queries.sketch[j][n + 1]);

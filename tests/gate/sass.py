@@ -86,6 +86,8 @@ def disassemble(image: bytes) -> list[tuple[str, str]]:
             lines.append(("", label[1]))
         elif instruction := _INSTRUCTION.match(line):
             bare = _PREDICATE.sub("", instruction[1].strip())
+            # Before sm_90 a jump out of a loop to a local label may be spelled as a call.
+            bare = re.sub(r"^CALL\.REL\.NOINC (?=`\(\.L_x_)", "BRA ", bare)
             lines.append((re.split(r"[.\s]", bare, maxsplit=1)[0], bare))
     return lines
 

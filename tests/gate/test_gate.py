@@ -29,13 +29,13 @@ BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text(encoding="
 THREE_BLOCKS = 168
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def tools():
     sass.require_tools()
 
 
 @pytest.fixture(params=[(name, arch) for name in ATTEND for arch in ARCHITECTURES], ids=str)
-def compiled(request):
+def compiled(request, tools):
     name, arch = request.param
     return name, arch, compile_cubin(specialisation(ATTEND[name]), arch)
 
@@ -53,7 +53,7 @@ def test_the_loop_stays_within_its_budget_and_nothing_spills(compiled):
     assert loop.alu / elements(kernel) <= allowed["alu"] + 0.01
 
 
-def test_a_failed_compile_names_the_specialisation_and_shows_the_log():
+def test_a_failed_compile_names_the_specialisation_and_shows_the_log(tools):
     with pytest.raises(KernelCompileError, match=r"attend\.cu \[HEAD_DIM=128\].*sm_90") as failure:
         compile_cubin(specialise("attend.cu", {"HEAD_DIM": 128}), 90)
     assert "KEY_FORMAT" in str(failure.value)
