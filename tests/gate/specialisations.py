@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pagedtq import preset
 from pagedtq.backends.attend_arguments import AttendKernel, tile_tokens
 from pagedtq.backends.kernel_source import Specialisation, specialise
+from pagedtq.paging.kernel_macros import DTYPE_NUMBERS
+from pagedtq.paging.layout import PageLayout
 
 #: Compiled on every run.
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -51,3 +54,14 @@ def matrix_instructions(kernel: AttendKernel) -> int:
 def elements(kernel: AttendKernel) -> int:
     """Key and value elements that one lane's share of a pass amounts to."""
     return kernel.tile_tokens * kernel.head_dim * 2 // 32
+
+
+def step_kernels() -> dict[str, Specialisation]:
+    """The other kernels of a step, for Prod keys: the form that uses all of their code."""
+    config = preset("prod4v4", num_layers=1, num_kv_heads=8, head_dim=128, num_pages=2)
+    layer = {**PageLayout(config).kernel_macros(0), "INPUT_DTYPE": DTYPE_NUMBERS["bf16"]}
+    files = ("rotate_queries.cu", "merge.cu", "attend_window.cu")
+    kernels = {file: specialise(file, layer) for file in files}
+    kernels["plan_splits.cu"] = specialise("plan_splits.cu", {})
+    kernels["score.cu"] = specialise("score.cu", ATTEND["prod4v4-d128"].macros())
+    return kernels

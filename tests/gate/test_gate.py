@@ -21,6 +21,7 @@ from tests.gate.specialisations import (
     elements,
     matrix_instructions,
     specialisation,
+    step_kernels,
 )
 
 BUDGET = json.loads((Path(__file__).parent / "budget.json").read_text(encoding="utf-8"))
@@ -51,6 +52,13 @@ def test_the_loop_stays_within_its_budget_and_nothing_spills(compiled):
     assert cubin.registers <= allowed["registers"]
     assert loop.total / elements(kernel) <= allowed["instructions"] + 0.01
     assert loop.alu / elements(kernel) <= allowed["alu"] + 0.01
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_other_kernels_of_a_step_compile_without_spilling(arch, tools):
+    for file, special in step_kernels().items():
+        cubin = compile_cubin(special, arch)
+        assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0), file
 
 
 def test_a_failed_compile_names_the_specialisation_and_shows_the_log(tools):
