@@ -49,14 +49,17 @@ struct Book {
     }
 };
 
-// Codes of a lane's elements: magnitude indices and signs, 8 bits each, and what was summed up.
+// Codes of a lane's elements: magnitude indices of 4 bits (8 above width 4) and sign bits, and the
+// sum of squared odd steps.
+template <class Form>
 struct Codes {
+    static constexpr int pitch = Form::bits <= 4 ? 4 : 8;
     u64 magnitudes[kSpan];
-    u8 signs[kSpan];
+    u32 signs[kSpan];
     int energy;
 
     DEVICE int magnitude(int j, int e) const {
-        return static_cast<int>(magnitudes[j] >> 8 * e & 0xff);
+        return static_cast<int>(magnitudes[j] >> pitch * e) & ((1 << pitch) - 1);
     }
     DEVICE bool negative(int j, int e) const { return signs[j] >> e & 1; }
 };
@@ -65,62 +68,55 @@ DEVICE bool exists(int lane, int j, int e) { return 8 * (lane + kLanes * j) + e 
 
 // Magnitude index: the number of midpoints m with |u| >= m; sign 1 iff u < 0 (-0 is code 0).
 template <class Form>
-DEVICE Codes quantize(const Elements& u, const Book<Form>& book, int lane) {
+DEVICE Codes<Form> quantize(const Elements& u, const Book<Form>& book, int lane) {
     constexpr int cells = Book<Form>::cells;
-    Codes codes;
+    Codes<Form> codes;
     codes.energy = 0;
-    if constexpr (Form::bits <= 4) {
-        // One integer counts the cells passed (low byte) and sums the squares' increments.
-        float midpoints[cells];
-        int passed[cells];
-        int square = book.square(0);
-        const int first = square;
+    // One float counts the cells passed, above bit 16, and adds up the square's increments: integers
+    // below 2^19, exact. Adding 2^23 puts them into the low bits.
+    float midpoints[cells], passed[cells];
+    const float first = static_cast<float>(book.square(0)) + 8388608.0f;
 #pragma unroll
-        for (int i = 0; i + 1 < cells; ++i) {
-            const int next = book.square(i + 1);
-            midpoints[i] = book.midpoint(i);
-            passed[i] = (next - square) << 8 | 1;
-            square = next;
-        }
+    for (int i = 0; i + 1 < cells && Form::bits <= 4; ++i) {
+        midpoints[i] = book.midpoint(i);
+        passed[i] = static_cast<float>(65536 + book.square(i + 1) - book.square(i));
+    }
 #pragma unroll
-        for (int j = 0; j < kSpan; ++j) {
-            codes.magnitudes[j] = 0;
-            codes.signs[j] = 0;
+    for (int j = 0; j < kSpan; ++j) {
+        codes.magnitudes[j] = 0;
+        codes.signs[j] = 0;
+        u32 nibbles = 0;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
-                int total = first << 8;
+        for (int e = 0; e < 8; ++e) {
+            const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
+            if constexpr (Form::bits <= 4) {
+                float total = first;
 #pragma unroll
-                for (int i = 0; i + 1 < cells; ++i) total += size >= midpoints[i] ? passed[i] : 0;
-                codes.magnitudes[j] |= static_cast<u64>(total & 0xff) << 8 * e;
-                codes.signs[j] |= static_cast<u8>(u[j][e] < 0.0f) << e;
-                if (exists(lane, j, e)) codes.energy += total >> 8;
-            }
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < kSpan; ++j) {
-            codes.magnitudes[j] = 0;
-            codes.signs[j] = 0;
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
+                for (int i = 0; i + 1 < cells; ++i) {
+                    total = fma_rn(set_ge(size, midpoints[i]), passed[i], total);
+                }
+                const u32 bits = float_bits(total);
+                nibbles |= (e <= 4 ? bits >> (16 - 4 * e) : bits << (4 * e - 16)) & 7u << 4 * e;
+                if (exists(lane, j, e)) codes.energy += bits & 0xffffu;
+            } else {
                 int index = 0;
 #pragma unroll
                 for (int step = cells / 2; step >= 1; step /= 2) {
                     if (size >= book.midpoint(index + step - 1)) index += step;
                 }
                 codes.magnitudes[j] |= static_cast<u64>(index) << 8 * e;
-                codes.signs[j] |= static_cast<u8>(u[j][e] < 0.0f) << e;
             }
+            // Adding zero makes -0 positive; what is left of the sign bit says u < 0.
+            codes.signs[j] |= float_bits(add_rn(u[j][e], 0.0f)) >> (31 - e) & 1u << e;
         }
+        if constexpr (Form::bits <= 4) codes.magnitudes[j] = nibbles;
     }
     return codes;
 }
 
 // The stored norm (f16 bits) into which the scale is folded; u are the unit coordinates.
 template <class Form>
-DEVICE u16 stored_norm(float norm, const Elements& u, const Codes& codes, const Book<Form>& book,
+DEVICE u16 stored_norm(float norm, const Elements& u, const Codes<Form>& codes, const Book<Form>& book,
                        int lane, float* scratch) {
     float stored;
     if constexpr (Form::scale == SCALE_NONE) {
@@ -207,22 +203,44 @@ DEVICE void put_chunk(const Target& to, int plane_at, int row_bytes, int first, 
     }
 }
 
+// Move 8 bits to every fourth bit, or 8 nibbles' low pairs next to each other.
+DEVICE u32 spread_bits(u32 x) {
+    x = (x | x << 12) & 0x000f000fu;
+    x = (x | x << 6) & 0x03030303u;
+    return (x | x << 3) & 0x11111111u;
+}
+DEVICE u32 join_pairs(u32 x) {
+    x = (x | x >> 2) & 0x0f0f0f0fu;
+    x = (x | x >> 4) & 0x00ff00ffu;
+    return (x | x >> 8) & 0xffffu;
+}
+
 // Bytes of a chunk's codes in the stream's row format (bitpack.py), width 3's signs apart.
 template <class Form>
-DEVICE u64 pack_chunk(const Codes& codes, int j) {
-    u64 bytes = 0;
+DEVICE u64 pack_chunk(const Codes<Form>& codes, int j) {
+    const u32 nibbles = static_cast<u32>(codes.magnitudes[j]), signs = codes.signs[j];
+    if constexpr (Form::sign_row > 0) {
+        return join_pairs(nibbles);
+    } else if constexpr (Form::is_key && Form::bits == 4 && HEAD_DIM % 16 == 0) {
+        // Four bits times 1 + 2^7 + 2^14 + 2^21: each to the bottom of a byte.
+        const u32 low = (signs & 15u) * 0x00204081u & 0x01010101u;
+        const u32 high = (signs >> 4) * 0x00204081u & 0x01010101u;
+        return nibbles | low << 7 | high << 3;
+    } else if constexpr (Form::bits == 4) {
+        return nibbles | spread_bits(signs) << 3;
+    } else if constexpr (Form::bits == 2) {
+        return join_pairs(nibbles | spread_bits(signs) << 1);
+    } else if constexpr (Form::bits == 1) {
+        return signs;
+    } else {
+        u64 bytes = 0;
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-        const u64 magnitude = codes.magnitude(j, e), sign = codes.negative(j, e);
-        if constexpr (Form::sign_row > 0) {
-            bytes |= magnitude << 2 * e;
-        } else if constexpr (Form::is_key && Form::bits == 4 && HEAD_DIM % 16 == 0) {
-            bytes |= magnitude << 4 * e | sign << (e < 4 ? 8 * e + 7 : 8 * e - 29);
-        } else {
+        for (int e = 0; e < 8; ++e) {
+            const u64 magnitude = codes.magnitude(j, e), sign = codes.negative(j, e);
             bytes |= (sign << (Form::bits - 1) | magnitude) << Form::bits * e;
         }
+        return bytes;
     }
-    return bytes;
 }
 
 // Width 3: the sign nibbles of a chunk's two code bytes, at bits 0, 1, 4, 5 of two bytes.
@@ -233,7 +251,7 @@ DEVICE u32 sign_nibbles(u32 signs) {
 }
 
 template <class Form>
-DEVICE void put_codes(const Codes& codes, const Target& to, int lane) {
+DEVICE void put_codes(const Codes<Form>& codes, const Target& to, int lane) {
     constexpr int bytes = Form::sign_row > 0 ? 2 : Form::bits;
 #pragma unroll
     for (int j = 0; j < kSpan; ++j) {
@@ -273,7 +291,7 @@ DEVICE void put_half(const Place& place, int plane_at, u16 bits) {
 
 // Prod: the norm of what the codes miss, and the signs of its projection.
 template <class Form>
-DEVICE void put_residual(const Elements& raw, const Codes& codes, u16 stored,
+DEVICE void put_residual(const Elements& raw, const Codes<Form>& codes, u16 stored,
                          const Book<Form>& book, const Tables& tables, const Target& to, int head,
                          int lane, float* scratch) {
     const float scale = static_cast<float>(1.0 / ROOT_HEAD_DIM);
@@ -345,7 +363,7 @@ DEVICE void encode(Elements& x, const Tables& tables, const Target& to, int head
 #pragma unroll
         for (int e = 0; e < 8; ++e) u[j][e] = mul_rn(x[j][e], inverse);
     }
-    const Codes codes = quantize<Form>(u, book, lane);
+    const Codes<Form> codes = quantize<Form>(u, book, lane);
     const u16 stored = stored_norm<Form>(norm, u, codes, book, lane, scratch);
     put_codes<Form>(codes, to, lane);
     if (to.active && lane == 0) put_half(to.place, Form::norms_at, stored);
