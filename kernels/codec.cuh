@@ -138,7 +138,7 @@ DEVICE u16 stored_norm(float norm, const Elements& u, const Codes<Form>& codes, 
         }
         const float sum = fold(terms, lane, scratch);
         if constexpr (Form::scale == SCALE_UNBIASED) {
-            const float root = static_cast<float>(ROOT_HEAD_DIM);
+            const float root = bits_float(ROOT_BITS);
             stored = sum > 0.0f ? div_rn(mul_rn(norm, root), sum) : 0.0f;
         } else {
             stored = div_rn(norm, sqrt_rn(sum));
@@ -294,7 +294,7 @@ template <class Form>
 DEVICE void put_residual(const Elements& raw, const Codes<Form>& codes, u16 stored,
                          const Book<Form>& book, const Tables& tables, const Target& to, int head,
                          int lane, float* scratch) {
-    const float scale = static_cast<float>(1.0 / ROOT_HEAD_DIM);
+    const float scale = bits_float(INVERSE_ROOT_BITS);
     const float norm = f16_to_f32(stored);
     Elements residual, terms;
 #pragma unroll

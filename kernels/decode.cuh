@@ -122,7 +122,7 @@ DEVICE void unrotate(const void* table, int head, Elements& x, int lane, float* 
         multiply<double, true>(matrices + static_cast<i64>(head) * HEAD_DIM * HEAD_DIM, x, lane,
                                scratch);
     } else {
-        const float scale = static_cast<float>(1.0 / ROOT_HEAD_DIM);
+        const float scale = bits_float(INVERSE_ROOT_BITS);
 #pragma unroll
         for (int j = 0; j < kSpan; ++j) {
 #pragma unroll
