@@ -132,8 +132,8 @@ struct Machine {
     void** params = nullptr;
 };
 
-inline Machine machine;
-inline Fiber* current = nullptr;
+static Machine machine;
+static Fiber* current = nullptr;
 
 inline unsigned pick(unsigned count) {
     if (machine.random == 0) return 0;

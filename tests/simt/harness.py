@@ -32,7 +32,8 @@ from pagedtq.backends import kernel_source
 HERE = Path(__file__).parent
 _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(")
 _FLAGS = (
-    "-std=c++17 -O2 -shared -fPIC -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE "
+    "-std=c++17 -O2 -shared -fPIC -ffp-contract=off -fno-strict-aliasing -fno-gnu-unique "
+    "-U_FORTIFY_SOURCE "
     "-fsanitize=alignment,bounds,shift -fsanitize-undefined-trap-on-error "
     "-Wall -Wno-unknown-pragmas -Wno-unused-function -Wno-psabi -Werror"
 )

@@ -116,7 +116,7 @@ def test_every_other_dimension_has_a_correct_path(head_dim):
     assert_same_pages(store_both(host, keys, values, slots, "f16"), host)
 
 
-@pytest.mark.parametrize("form", ["k4v4", "prod4v4"])
+@pytest.mark.parametrize("form", ["k4v4", "prod4v4", "dense4v3"])
 def test_means_of_twenty_times_the_spread_are_subtracted_first(form):
     means = 20 * np.random.default_rng(5).standard_normal((1, 2, 128)).astype(np.float32)
     host = poisoned(cache_config(*FORMATS[form]), means)
@@ -128,9 +128,10 @@ def test_means_of_twenty_times_the_spread_are_subtracted_first(form):
     assert norms.astype(np.float32).max() < 20  # the mean's own norm is about 226
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("form", ["k4v4", "prod3v3"])
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("form", ["k4v4", "prod4v4", "dense4v3"])
 def test_the_order_of_threads_does_not_matter(form, seed):
+    # In 96 dimensions sums and projections go through shared memory.
     head_dim = 128 if form == "k4v4" else 96
     host = poisoned(cache_config(*FORMATS[form], head_dim))
     slots = np.random.default_rng(seed).permutation(np.arange(64, 64 + 33)).astype(np.int64)
