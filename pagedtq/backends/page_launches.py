@@ -134,6 +134,16 @@ class LayerLaunches:
             ),
         )
 
+    def write_bounds(self, pages: Any) -> Launch:
+        """Write the key bounds of full pages ``int64[n]``; the layer's keys must be coded."""
+        return Launch(
+            "write_bounds.cu",
+            "write_bounds",
+            self.macros,
+            (len(pages), int(self._heads)),
+            (pages, *self._place, self._keys.book),
+        )
+
     def load(self, slots: Any, keys: Any, values: Any, kind: Dtype) -> Launch:
         """Decode slots ``int64[n]`` into contiguous ``[n, num_kv_heads, head_dim]`` of ``kind``."""
         return Launch(

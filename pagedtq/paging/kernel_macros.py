@@ -44,6 +44,8 @@ def kernel_macros(layout: PageLayout, layer: int) -> dict[str, int]:
         "ROOT_BITS": _float_bits(root),
         "INVERSE_ROOT_BITS": _float_bits(1.0 / root),
     }
+    bounds = extent.planes.get("key_bounds")
+    macros["KEY_BOUNDS_AT"] = 0 if bounds is None else bounds.offset // config.page_size
     for stream, codec in zip(("key", "value"), config.layer_codecs(layer)):
         macros |= _stream_macros(extent, stream, codec, config.page_size)
     return macros

@@ -54,6 +54,13 @@ def test_a_plane_starts_at_its_macro_times_the_page_size(keys, values, head_dim,
     assert found == set(planes)
 
 
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_key_bounds_start_at_their_macro_times_the_page_size(page_size):
+    layout = layout_of(*FORMATS[2], page_size=page_size, key_bounds=True)
+    at = layout.kernel_macros(0)["KEY_BOUNDS_AT"]
+    assert at * page_size == layout.extents[0].planes["key_bounds"].offset > 0
+
+
 def test_the_macros_do_not_depend_on_the_page_size_or_the_number_of_heads():
     small = layout_of(*FORMATS[1], page_size=16)
     large = layout_of(*FORMATS[1], page_size=256, num_kv_heads=7)

@@ -70,6 +70,10 @@ class DeviceLayer:
         """Twin of `HostBackend.seal`."""
         run(self.launches.seal(*map(read_only, (ring, ring_rows, slots))), self.seed)
 
+    def write_bounds(self, pages) -> None:
+        """Twin of `HostBackend.write_bounds`."""
+        run(self.launches.write_bounds(read_only(pages)), self.seed)
+
     def load(self, slots, kind: str = "f32") -> tuple[np.ndarray, np.ndarray]:
         """Twin of `HostBackend.load`; the result's type is ``kind``."""
         shape = (len(slots), self.config.num_kv_heads, self.config.head_dim)
