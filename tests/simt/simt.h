@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "fibers.h"
+#include "launch.h"
 
 #define __global__
 #define __device__
