@@ -1,19 +1,16 @@
-// Encoding one vector into its page: quantise, stored norm, packed rows, QJL signs.
+// Encoding one vector into its page: quantise, stored norm, QJL signs.
 //
-// what      everything between a rotated vector in registers and the bytes of its token
+// what      everything between a rotated vector in registers and its codes (pack.cuh writes them)
 // mapping   kLanes lanes per vector, chunks of 8 elements (rotation.cuh); lanes of absent vectors
 //           take part in the shuffles and write nothing
 // bytes     writes the token's code row, sign row, norm, and for Prod its QJL row and residual norm
-// host twin pagedtq/codec/encoder.py (order of operations), quantize.py, bitpack.py,
-//           pagedtq/backends/page_writer.py (places)
+// host twin pagedtq/codec/encoder.py (order of operations), quantize.py
 //
-// A chunk of w-bit codes is w whole bytes, which no other lane writes. All arithmetic that decides
-// bytes is *_rn.
+// All arithmetic that decides bytes is *_rn.
 
 #pragma once
 
-#include "page.cuh"
-#include "rotation.cuh"
+#include "pack.cuh"
 #include "tokens.cuh"
 
 // What a stream's encoder needs besides the vector (pagedtq/backends/kernel_tables.py makes them).
@@ -25,13 +22,6 @@ struct Tables {
     const void* rotation;
     const float* mean;
     const void* projection;
-};
-
-// Where a vector goes. `joined`: the lanes of the token pair's other vector hold it, `kLanes` away
-// in the same warp, and both are written together.
-struct Target {
-    Place place;
-    bool active, joined;
 };
 
 template <class Form>
@@ -49,78 +39,57 @@ struct Book {
     }
 };
 
-// Codes of a lane's elements: magnitude indices and signs, 8 bits each, and what was summed up.
-struct Codes {
-    u64 magnitudes[kSpan];
-    u8 signs[kSpan];
-    int energy;
-
-    DEVICE int magnitude(int j, int e) const {
-        return static_cast<int>(magnitudes[j] >> 8 * e & 0xff);
-    }
-    DEVICE bool negative(int j, int e) const { return signs[j] >> e & 1; }
-};
-
-DEVICE bool exists(int lane, int j, int e) { return 8 * (lane + kLanes * j) + e < HEAD_DIM; }
-
 // Magnitude index: the number of midpoints m with |u| >= m; sign 1 iff u < 0 (-0 is code 0).
 template <class Form>
-DEVICE Codes quantize(const Elements& u, const Book<Form>& book, int lane) {
+DEVICE Codes<Form> quantize(const Elements& u, const Book<Form>& book, int lane) {
     constexpr int cells = Book<Form>::cells;
-    Codes codes;
+    Codes<Form> codes;
     codes.energy = 0;
-    if constexpr (Form::bits <= 4) {
-        // One integer counts the cells passed (low byte) and sums the squares' increments.
-        float midpoints[cells];
-        int passed[cells];
-        int square = book.square(0);
-        const int first = square;
+    // One float counts the cells passed, above bit 16, and adds up the square's increments: integers
+    // below 2^19, exact. Adding 2^23 puts them into the low bits.
+    float midpoints[cells], passed[cells];
+    const float first = static_cast<float>(book.square(0)) + 8388608.0f;
 #pragma unroll
-        for (int i = 0; i + 1 < cells; ++i) {
-            const int next = book.square(i + 1);
-            midpoints[i] = book.midpoint(i);
-            passed[i] = (next - square) << 8 | 1;
-            square = next;
-        }
+    for (int i = 0; i + 1 < cells && Form::bits <= 4; ++i) {
+        midpoints[i] = book.midpoint(i);
+        passed[i] = static_cast<float>(65536 + book.square(i + 1) - book.square(i));
+    }
 #pragma unroll
-        for (int j = 0; j < kSpan; ++j) {
-            codes.magnitudes[j] = 0;
-            codes.signs[j] = 0;
+    for (int j = 0; j < kSpan; ++j) {
+        codes.magnitudes[j] = 0;
+        codes.signs[j] = 0;
+        u32 nibbles = 0;
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
-                int total = first << 8;
+        for (int e = 0; e < 8; ++e) {
+            const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
+            if constexpr (Form::bits <= 4) {
+                float total = first;
 #pragma unroll
-                for (int i = 0; i + 1 < cells; ++i) total += size >= midpoints[i] ? passed[i] : 0;
-                codes.magnitudes[j] |= static_cast<u64>(total & 0xff) << 8 * e;
-                codes.signs[j] |= static_cast<u8>(u[j][e] < 0.0f) << e;
-                if (exists(lane, j, e)) codes.energy += total >> 8;
-            }
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < kSpan; ++j) {
-            codes.magnitudes[j] = 0;
-            codes.signs[j] = 0;
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
+                for (int i = 0; i + 1 < cells; ++i) {
+                    total = fma_rn(set_ge(size, midpoints[i]), passed[i], total);
+                }
+                const u32 bits = float_bits(total);
+                nibbles |= (e <= 4 ? bits >> (16 - 4 * e) : bits << (4 * e - 16)) & 7u << 4 * e;
+                if (exists(lane, j, e)) codes.energy += bits & 0xffffu;
+            } else {
                 int index = 0;
 #pragma unroll
                 for (int step = cells / 2; step >= 1; step /= 2) {
                     if (size >= book.midpoint(index + step - 1)) index += step;
                 }
                 codes.magnitudes[j] |= static_cast<u64>(index) << 8 * e;
-                codes.signs[j] |= static_cast<u8>(u[j][e] < 0.0f) << e;
             }
+            // Adding zero makes -0 positive; what is left of the sign bit says u < 0.
+            codes.signs[j] |= float_bits(add_rn(u[j][e], 0.0f)) >> (31 - e) & 1u << e;
         }
+        if constexpr (Form::bits <= 4) codes.magnitudes[j] = nibbles;
     }
     return codes;
 }
 
 // The stored norm (f16 bits) into which the scale is folded; u are the unit coordinates.
 template <class Form>
-DEVICE u16 stored_norm(float norm, const Elements& u, const Codes& codes, const Book<Form>& book,
+DEVICE u16 stored_norm(float norm, const Elements& u, const Codes<Form>& codes, const Book<Form>& book,
                        int lane, float* scratch) {
     float stored;
     if constexpr (Form::scale == SCALE_NONE) {
@@ -142,7 +111,7 @@ DEVICE u16 stored_norm(float norm, const Elements& u, const Codes& codes, const 
         }
         const float sum = fold(terms, lane, scratch);
         if constexpr (Form::scale == SCALE_UNBIASED) {
-            const float root = static_cast<float>(ROOT_HEAD_DIM);
+            const float root = bits_float(ROOT_BITS);
             stored = sum > 0.0f ? div_rn(mul_rn(norm, root), sum) : 0.0f;
         } else {
             stored = div_rn(norm, sqrt_rn(sum));
@@ -152,131 +121,12 @@ DEVICE u16 stored_norm(float norm, const Elements& u, const Codes& codes, const 
 }
 
 
-// Write a chunk's `count` bytes into a plane of rows; the last chunk's may be cut at `end`.
-template <class Form, int count>
-DEVICE void put_chunk(const Target& to, int plane_at, int row_bytes, int first, u64 bytes) {
-    // Whole rows of words; otherwise rows need not start on a word.
-    constexpr bool words = HEAD_DIM % 16 == 0;
-    if constexpr (Form::paired) {
-        if constexpr (kLanes < WARP_SIZE && words &&
-                      (count == 1 || count == 2 || count == 4 || count == 8)) {
-            // The pair's bytes alternate: each of the two lanes writes one half of them.
-            const u64 theirs = shfl_xor(bytes, kLanes);
-            if (to.active && to.joined) {
-                const bool odd = to.place.offset % 2;
-                const u64 even_bytes = odd ? theirs : bytes, odd_bytes = odd ? bytes : theirs;
-                u8* at = to.place.pair_row(plane_at, row_bytes) - odd + 2 * first;
-                const u32 even_low = static_cast<u32>(even_bytes >> (odd ? 4 * count : 0));
-                const u32 odd_low = static_cast<u32>(odd_bytes >> (odd ? 4 * count : 0));
-                const u32 low = prmt(even_low, odd_low, 0x5140);
-                const u32 high = prmt(even_low, odd_low, 0x7362);
-                if constexpr (count == 8) {
-                    *reinterpret_cast<uint2*>(at + 8 * odd) = make_uint2(low, high);
-                } else if constexpr (count == 4) {
-                    *reinterpret_cast<u32*>(at + 4 * odd) = low;
-                } else if constexpr (count == 2) {
-                    *reinterpret_cast<u16*>(at + 2 * odd) = static_cast<u16>(low);
-                } else if (!odd) {
-                    *reinterpret_cast<u16*>(at) = static_cast<u16>(low);
-                }
-                return;
-            }
-        }
-        if (!to.active) return;
-        u8* at = to.place.pair_row(plane_at, row_bytes) + 2 * first;
-#pragma unroll
-        for (int i = 0; i < count; ++i) {
-            if (first + i < row_bytes) at[2 * i] = static_cast<u8>(bytes >> 8 * i);
-        }
-    } else {
-        if (!to.active) return;
-        u8* at = to.place.row(plane_at, row_bytes) + first;
-        if constexpr (words && count == 8) {
-            *reinterpret_cast<uint2*>(at) =
-                make_uint2(static_cast<u32>(bytes), static_cast<u32>(bytes >> 32));
-        } else if constexpr (words && count == 4) {
-            *reinterpret_cast<u32*>(at) = static_cast<u32>(bytes);
-        } else if constexpr (words && count == 2) {
-            *reinterpret_cast<u16*>(at) = static_cast<u16>(bytes);
-        } else {
-#pragma unroll
-            for (int i = 0; i < count; ++i) {
-                if (first + i < row_bytes) at[i] = static_cast<u8>(bytes >> 8 * i);
-            }
-        }
-    }
-}
-
-// Bytes of a chunk's codes in the stream's row format (bitpack.py), width 3's signs apart.
-template <class Form>
-DEVICE u64 pack_chunk(const Codes& codes, int j) {
-    u64 bytes = 0;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-        const u64 magnitude = codes.magnitude(j, e), sign = codes.negative(j, e);
-        if constexpr (Form::sign_row > 0) {
-            bytes |= magnitude << 2 * e;
-        } else if constexpr (Form::is_key && Form::bits == 4 && HEAD_DIM % 16 == 0) {
-            bytes |= magnitude << 4 * e | sign << (e < 4 ? 8 * e + 7 : 8 * e - 29);
-        } else {
-            bytes |= (sign << (Form::bits - 1) | magnitude) << Form::bits * e;
-        }
-    }
-    return bytes;
-}
-
-// Width 3: the sign nibbles of a chunk's two code bytes, at bits 0, 1, 4, 5 of two bytes.
-DEVICE u32 sign_nibbles(u32 signs) {
-    const u32 nibble = (signs & 0x03u) | (signs & 0x0cu) << 2;
-    const u32 next = (signs >> 4 & 0x03u) | (signs >> 4 & 0x0cu) << 2;
-    return nibble | next << 8;
-}
-
-template <class Form>
-DEVICE void put_codes(const Codes& codes, const Target& to, int lane) {
-    constexpr int bytes = Form::sign_row > 0 ? 2 : Form::bits;
-#pragma unroll
-    for (int j = 0; j < kSpan; ++j) {
-        const int chunk = lane + kLanes * j;
-        Target at = to;
-        at.active = to.active && chunk < kChunks;
-        put_chunk<Form, bytes>(at, Form::codes_at, Form::row, chunk * bytes,
-                               pack_chunk<Form>(codes, j));
-    }
-    if constexpr (Form::sign_row > 0) {
-        // Two chunks share sign bytes; the lower one writes them, its partner's signs above its own.
-        constexpr int distance = Form::sign_distance;
-#pragma unroll
-        for (int j = 0; j < kSpan; ++j) {
-            const int chunk = lane + kLanes * j;
-            u32 theirs = 0;
-            if constexpr (distance < kLanes) {
-                theirs = shfl_xor(sign_nibbles(codes.signs[j]), distance);
-            } else {
-                constexpr int apart = distance / kLanes;
-                const int partner = j ^ apart;
-                theirs = partner < kSpan ? sign_nibbles(codes.signs[partner < kSpan ? partner : 0])
-                                         : 0u;
-            }
-            Target at = to;
-            at.active = to.active && chunk < kChunks && (chunk & distance) == 0;
-            const int first = chunk / (2 * distance) * 2 * distance + chunk % distance * 2;
-            put_chunk<Form, 2>(at, Form::signs_at, Form::sign_row, first,
-                               sign_nibbles(codes.signs[j]) | theirs << 2);
-        }
-    }
-}
-
-DEVICE void put_half(const Place& place, int plane_at, u16 bits) {
-    *reinterpret_cast<u16*>(place.row(plane_at, 2)) = bits;
-}
-
 // Prod: the norm of what the codes miss, and the signs of its projection.
 template <class Form>
-DEVICE void put_residual(const Elements& raw, const Codes& codes, u16 stored,
+DEVICE void put_residual(const Elements& raw, const Codes<Form>& codes, u16 stored,
                          const Book<Form>& book, const Tables& tables, const Target& to, int head,
                          int lane, float* scratch) {
-    const float scale = static_cast<float>(1.0 / ROOT_HEAD_DIM);
+    const float scale = bits_float(INVERSE_ROOT_BITS);
     const float norm = f16_to_f32(stored);
     Elements residual, terms;
 #pragma unroll
@@ -345,7 +195,7 @@ DEVICE void encode(Elements& x, const Tables& tables, const Target& to, int head
 #pragma unroll
         for (int e = 0; e < 8; ++e) u[j][e] = mul_rn(x[j][e], inverse);
     }
-    const Codes codes = quantize<Form>(u, book, lane);
+    const Codes<Form> codes = quantize<Form>(u, book, lane);
     const u16 stored = stored_norm<Form>(norm, u, codes, book, lane, scratch);
     put_codes<Form>(codes, to, lane);
     if (to.active && lane == 0) put_half(to.place, Form::norms_at, stored);

@@ -53,46 +53,59 @@ DEVICE u64 get_chunk(const Place& place, int plane_at, int row_bytes, int first)
     }
 }
 
-// The inverse of `put_codes` and the norm: x[j][e] = norm * table[code], 0 where nothing exists.
+// The inverse of `put_codes` for one chunk, times the norm: x[e] = norm * table[code]; 0 beyond
+// HEAD_DIM.
+template <class Form>
+DEVICE void decode_chunk(const Place& place, int chunk, float norm, const Book<Form>& book,
+                         float* x) {
+    constexpr int count = Form::sign_row > 0 ? 2 : Form::bits;
+    const u64 bytes = get_chunk<Form, count>(place, Form::codes_at, Form::row, chunk * count);
+    u32 nibbles = 0;
+    if constexpr (Form::sign_row > 0) {
+        constexpr int distance = Form::sign_distance;
+        const int first = chunk / (2 * distance) * 2 * distance + chunk % distance * 2;
+        nibbles =
+            static_cast<u32>(get_chunk<Form, 2>(place, Form::signs_at, Form::sign_row, first));
+        if (chunk & distance) nibbles >>= 2;
+    }
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+        int magnitude;
+        bool negative;
+        if constexpr (Form::sign_row > 0) {
+            magnitude = static_cast<int>(bytes >> 2 * e & 3);
+            // Bits 0, 1, 4, 5 of the byte of elements 0..3, then of 4..7.
+            negative = nibbles >> (e / 4 * 8 + e % 4 / 2 * 4 + e % 2) & 1;
+        } else if constexpr (Form::is_key && Form::bits == 4 && HEAD_DIM % 16 == 0) {
+            magnitude = static_cast<int>(bytes >> 4 * e & 7);
+            negative = bytes >> (e < 4 ? 8 * e + 7 : 8 * e - 29) & 1;
+        } else {
+            const int code = static_cast<int>(bytes >> Form::bits * e) & (2 * book.cells - 1);
+            magnitude = code & (book.cells - 1);
+            negative = code >= book.cells;
+        }
+        const float size = book.magnitude(magnitude);
+        x[e] = 8 * chunk + e < HEAD_DIM ? mul_rn(negative ? -size : size, norm) : 0.0f;
+    }
+}
+
+template <class Form>
+DEVICE float stored_norm_of(const Place& place) {
+    return f16_to_f32(ldg16(place.row(Form::norms_at, 2)));
+}
+
+// A lane's elements of a token, still rotated; 0 where nothing exists.
 template <class Form>
 DEVICE void decode(const Place& place, bool active, const Book<Form>& book, Elements& x, int lane) {
-    constexpr int count = Form::sign_row > 0 ? 2 : Form::bits;
-    const float norm = active ? f16_to_f32(ldg16(place.row(Form::norms_at, 2))) : 0.0f;
+    const float norm = active ? stored_norm_of<Form>(place) : 0.0f;
 #pragma unroll
     for (int j = 0; j < kSpan; ++j) {
         const int chunk = lane + kLanes * j;
-        const bool here = active && chunk < kChunks;
-        u64 bytes = 0;
-        u32 nibbles = 0;
-        if (here) {
-            bytes = get_chunk<Form, count>(place, Form::codes_at, Form::row, chunk * count);
-            if constexpr (Form::sign_row > 0) {
-                constexpr int distance = Form::sign_distance;
-                const int first = chunk / (2 * distance) * 2 * distance + chunk % distance * 2;
-                nibbles = static_cast<u32>(
-                    get_chunk<Form, 2>(place, Form::signs_at, Form::sign_row, first));
-                if (chunk & distance) nibbles >>= 2;
-            }
-        }
+        if (active && chunk < kChunks) {
+            decode_chunk<Form>(place, chunk, norm, book, x[j]);
+        } else {
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            int magnitude;
-            bool negative;
-            if constexpr (Form::sign_row > 0) {
-                magnitude = static_cast<int>(bytes >> 2 * e & 3);
-                // Bits 0, 1, 4, 5 of the byte of elements 0..3, then of 4..7.
-                negative = nibbles >> (e / 4 * 8 + e % 4 / 2 * 4 + e % 2) & 1;
-            } else if constexpr (Form::is_key && Form::bits == 4 && HEAD_DIM % 16 == 0) {
-                magnitude = static_cast<int>(bytes >> 4 * e & 7);
-                negative = bytes >> (e < 4 ? 8 * e + 7 : 8 * e - 29) & 1;
-            } else {
-                const int code = static_cast<int>(bytes >> Form::bits * e) & (2 * book.cells - 1);
-                magnitude = code & (book.cells - 1);
-                negative = code >= book.cells;
-            }
-            const float size = book.magnitude(magnitude);
-            const bool inside = here && exists(lane, j, e);
-            x[j][e] = inside ? mul_rn(negative ? -size : size, norm) : 0.0f;
+            for (int e = 0; e < 8; ++e) x[j][e] = 0.0f;
         }
     }
 }
@@ -122,7 +135,7 @@ DEVICE void unrotate(const void* table, int head, Elements& x, int lane, float* 
         multiply<double, true>(matrices + static_cast<i64>(head) * HEAD_DIM * HEAD_DIM, x, lane,
                                scratch);
     } else {
-        const float scale = static_cast<float>(1.0 / ROOT_HEAD_DIM);
+        const float scale = bits_float(INVERSE_ROOT_BITS);
 #pragma unroll
         for (int j = 0; j < kSpan; ++j) {
 #pragma unroll

@@ -165,6 +165,7 @@ DEVICE float sub_rn(float a, float b) { return __fsub_rn(a, b); }
 DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
 DEVICE float sqrt_rn(float a) { return __fsqrt_rn(a); }
+DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }
 DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 
@@ -180,6 +181,12 @@ DEVICE float lg2(float x) {
     return r;
 }
 
+// 1 where a >= b, else 0.
+DEVICE float set_ge(float a, float b) {
+    float r;
+    asm("set.ge.f32.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+    return r;
+}
 DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 

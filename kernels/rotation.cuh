@@ -30,6 +30,8 @@ constexpr int kSpan = (kChunks + kLanes - 1) / kLanes;
 template <class Form>
 constexpr bool kDense = Form::dense || !kFast;
 constexpr int kThreads = 128;
+// Blocks that an SM should hold: bounds the registers, which long spans need.
+constexpr int kBlocks = kSpan <= 3 && kFast ? 6 : kSpan <= 5 ? 3 : 2;
 constexpr int kVectorsPerBlock = kThreads / kLanes;
 
 // A lane's elements of a vector; x[j][e] is element 8 (lane + kLanes j) + e.
@@ -61,14 +63,12 @@ DEVICE void hadamard(Elements& x, int lane) {
     }
 #pragma unroll
     for (int bit = 1; bit < kLanes; bit *= 2) {
-        const bool upper = lane & bit;
+        // The product is exact, so this is a sum or a difference, rounded once.
+        const float sign = lane & bit ? -1.0f : 1.0f;
 #pragma unroll
         for (int j = 0; j < kSpan; ++j) {
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float other = shfl_xor(x[j][e], bit);
-                x[j][e] = upper ? sub_rn(other, x[j][e]) : add_rn(x[j][e], other);
-            }
+            for (int e = 0; e < 8; ++e) x[j][e] = fma_rn(sign, x[j][e], shfl_xor(x[j][e], bit));
         }
     }
     if constexpr (kOdd == 1) {

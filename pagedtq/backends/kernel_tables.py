@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class StreamTables(NamedTuple):
-    """Tables of one layer and stream.
+    """Tables of one layer and stream; None where there is nothing to read.
 
     Attributes
     ----------
@@ -35,11 +35,11 @@ class StreamTables(NamedTuple):
         What decoding reads instead: the same, but for dense rotations the orthogonal matrices.
     """
 
-    book: npt.NDArray[np.float32]
-    rotation: Array
-    mean: npt.NDArray[np.float32] | None
+    book: Array | None
+    rotation: Array | None
+    mean: Array | None
     projection: Array | None
-    inverse_rotation: Array
+    inverse_rotation: Array | None
     inverse_projection: Array | None
 
 

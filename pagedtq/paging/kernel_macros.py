@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ..config import Codec, Exact
 
 if TYPE_CHECKING:
@@ -31,24 +33,32 @@ _STREAM_MACROS = (
 )
 
 
-def kernel_macros(layout: PageLayout, layer: int) -> dict[str, str]:
+def kernel_macros(layout: PageLayout, layer: int) -> dict[str, int]:
     """Return the macros of a layer; see `PageLayout.kernel_macros`."""
     config, extent = layout.config, layout.extents[layer]
     head_dim = config.head_dim
-    macros: dict[str, object] = {
+    root = math.sqrt(head_dim)
+    macros = {
         "HEAD_DIM": head_dim,
         "KV_DTYPE": DTYPE_NUMBERS[config.kv_dtype],
-        # repr gives the shortest text that reads back as the same float64.
-        "ROOT_HEAD_DIM": repr(math.sqrt(head_dim)),
+        "ROOT_BITS": _float_bits(root),
+        "INVERSE_ROOT_BITS": _float_bits(1.0 / root),
     }
+    bounds = extent.planes.get("key_bounds")
+    macros["KEY_BOUNDS_AT"] = 0 if bounds is None else bounds.offset // config.page_size
     for stream, codec in zip(("key", "value"), config.layer_codecs(layer)):
         macros |= _stream_macros(extent, stream, codec, config.page_size)
-    return {name: str(value) for name, value in macros.items()}
+    return macros
+
+
+def _float_bits(value: float) -> int:
+    """Return the bits of a number rounded to float32, as the host rounds it."""
+    return int(np.float32(value).view(np.uint32))
 
 
 def _stream_macros(
     extent: ExtentLayout, stream: str, codec: Codec, page_size: int
-) -> dict[str, object]:
+) -> dict[str, int]:
     def at(plane: str) -> int:
         """Bytes per token before a plane: its offset for a page of one token."""
         offset = extent.planes[plane].offset

@@ -224,7 +224,7 @@ class PageLayout:
             plane.dtype,
         )
 
-    def kernel_macros(self, layer: int) -> dict[str, str]:
+    def kernel_macros(self, layer: int) -> dict[str, int]:
         """Return the ``-D`` macros that specialise kernels for a layer.
 
         Dimension, dtypes, widths, row bytes, and per plane its bytes per token before it

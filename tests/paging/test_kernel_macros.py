@@ -49,9 +49,16 @@ def test_a_plane_starts_at_its_macro_times_the_page_size(keys, values, head_dim,
             for name in (pattern.format(stream) for pattern in names):
                 if name in planes:
                     found.add(name)
-                    at = int(macros[f"{stream.upper()}_{macro}"])
+                    at = macros[f"{stream.upper()}_{macro}"]
                     assert at * page_size == planes[name].offset, name
     assert found == set(planes)
+
+
+@pytest.mark.parametrize("page_size", [16, 256])
+def test_key_bounds_start_at_their_macro_times_the_page_size(page_size):
+    layout = layout_of(*FORMATS[2], page_size=page_size, key_bounds=True)
+    at = layout.kernel_macros(0)["KEY_BOUNDS_AT"]
+    assert at * page_size == layout.extents[0].planes["key_bounds"].offset > 0
 
 
 def test_the_macros_do_not_depend_on_the_page_size_or_the_number_of_heads():
@@ -63,8 +70,8 @@ def test_the_macros_do_not_depend_on_the_page_size_or_the_number_of_heads():
 def test_layers_of_different_codecs_have_macros_of_their_own():
     exact, coded = (layout_of(*form).kernel_macros(0) for form in (FORMATS[3], FORMATS[0]))
     assert exact.keys() == coded.keys()
-    assert (exact["KEY_EXACT"], exact["KEY_BITS"]) == ("3", "0")
-    assert (coded["KEY_EXACT"], coded["KEY_BITS"]) == ("0", "4")
+    assert (exact["KEY_EXACT"], exact["KEY_BITS"]) == (3, 0)
+    assert (coded["KEY_EXACT"], coded["KEY_BITS"]) == (0, 4)
 
 
 @pytest.mark.parametrize("order", ["layer_major", "page_major"])

@@ -1,7 +1,6 @@
 """One layer of a cache as the kernels see it, run through the harness on a copy of the pool.
 
-It stands where the CUDA backend stands on a device: macros, tables, grids and argument order are
-the ones a launch there needs.
+It stands where a device backend stands: the launches are the ones that run there.
 """
 
 from __future__ import annotations
@@ -10,12 +9,10 @@ import harness
 import numpy as np
 
 from pagedtq.backends.host import HostBackend
-from pagedtq.backends.kernel_tables import StreamTables, stream_tables
+from pagedtq.backends.kernel_tables import stream_tables
+from pagedtq.backends.page_launches import BLOCK, Launch, LayerLaunches
 from pagedtq.config import CacheConfig, TurboQuant
-from pagedtq.paging.kernel_macros import DTYPE_NUMBERS
 
-BLOCK = 128
-NO_TABLES = StreamTables(*[None] * 6)
 STORAGE = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 
 
@@ -28,14 +25,6 @@ def cache_config(keys, values, head_dim=128, **options) -> CacheConfig:
 def bits_of(form: str | int) -> TurboQuant:
     """Return the codec of a width."""
     return TurboQuant(bits=int(form))
-
-
-def lanes_of(head_dim: int) -> int:
-    """Lanes per vector, as ``kernels/rotation.cuh`` chooses them."""
-    power = head_dim & -head_dim
-    if power != head_dim:
-        return power // 8 if head_dim in (80, 96, 112, 160, 192) else 32
-    return 32 if head_dim >= 512 else max(1, head_dim // 16)
 
 
 def as_kind(vectors: np.ndarray, kind: str) -> np.ndarray:
@@ -63,111 +52,52 @@ class DeviceLayer:
         self.layout, self.config = host.layout, host.config
         self.pool = host.pool.copy()
         codecs = host.layers[layer].codecs
-        self.tables = [NO_TABLES if c is None else stream_tables(c) for c in codecs]
-        self.macros = self.layout.kernel_macros(layer)
-
-    @property
-    def pages(self) -> np.ndarray:
-        """The layer's bytes from its page 0 on: the address kernels get."""
-        return self.pool[self.layout.layer_offsets[self.layer] :]
-
-    @property
-    def geometry(self) -> tuple[object, ...]:
-        """Arguments that place a page: base, strides, page size."""
-        layout, layer = self.layout, self.layer
-        strides = layout.page_strides[layer], layout.extents[layer].nbytes
-        return self.pages, *map(np.int64, strides), np.int32(self.config.page_size)
-
-    @property
-    def encoder(self) -> tuple[object, ...]:
-        """The tables of both streams as `store` and `seal` take them."""
-        return (*self.tables[0][:4], *self.tables[1][:2])
-
-    def grid(self, tokens: int) -> tuple[int, int]:
-        """Blocks for an even number of lane groups per token pair and head, and both streams."""
-        vectors = -(-tokens // 2) * 2 * self.config.num_kv_heads
-        return -(-vectors * lanes_of(self.config.head_dim) // BLOCK), 2
+        tables = tuple(None if codec is None else stream_tables(codec) for codec in codecs)
+        projection = None if codecs[0] is None else codecs[0].projection
+        # Kernels get the address of the layer's page 0.
+        pages = self.pool[self.layout.layer_offsets[layer] :]
+        factor = 0.0 if projection is None else projection.factor
+        self.launches = LayerLaunches(self.layout, layer, pages, tables, factor)
 
     def store(self, keys, values, slots, kind: str) -> None:
         """Twin of `HostBackend.store`; keys and values may be strided over tokens."""
-        kernels = harness.compile_kernels(
-            "store.cu", {**self.macros, "INPUT_DTYPE": DTYPE_NUMBERS[kind]}
-        )
-        arrays, strides = zip(*(_token_rows(array) for array in (keys, values)))
-        kernels.launch(
-            "store",
-            self.grid(len(slots)),
-            BLOCK,
-            *arrays,
-            *map(np.int64, strides),
-            _read_only(slots),
-            np.int32(len(slots)),
-            np.int32(self.config.num_kv_heads),
-            *self.geometry,
-            *self.encoder,
-            seed=self.seed,
-        )
+        launch = self.launches.store(keys, values, kind, read_only(slots))
+        # The harness copies whole arrays, so a strided view stands for the memory behind it.
+        rows = tuple(read_only(_memory_from(array)) for array in (keys, values))
+        run(launch._replace(arguments=rows + launch.arguments[2:]), self.seed)
 
     def seal(self, ring, ring_rows, slots) -> None:
         """Twin of `HostBackend.seal`."""
-        kernels = harness.compile_kernels("seal.cu", self.macros)
-        kernels.launch(
-            "seal",
-            self.grid(len(slots)),
-            BLOCK,
-            _read_only(ring),
-            _read_only(ring_rows),
-            np.int32(ring.shape[3]),
-            _read_only(slots),
-            np.int32(len(slots)),
-            np.int32(self.config.num_kv_heads),
-            *self.geometry,
-            *self.encoder,
-            seed=self.seed,
-        )
+        run(self.launches.seal(*map(read_only, (ring, ring_rows, slots))), self.seed)
+
+    def write_bounds(self, pages) -> None:
+        """Twin of `HostBackend.write_bounds`."""
+        run(self.launches.write_bounds(read_only(pages)), self.seed)
 
     def load(self, slots, kind: str = "f32") -> tuple[np.ndarray, np.ndarray]:
         """Twin of `HostBackend.load`; the result's type is ``kind``."""
-        kernels = harness.compile_kernels(
-            "load.cu", {**self.macros, "OUTPUT_DTYPE": DTYPE_NUMBERS[kind]}
-        )
         shape = (len(slots), self.config.num_kv_heads, self.config.head_dim)
         keys, values = np.empty((2, *shape), STORAGE[kind])
-        codec = self.host.layers[self.layer].codecs[0]
-        factor = 0.0 if codec is None or codec.projection is None else codec.projection.factor
-        key_tables, value_tables = self.tables
-        kernels.launch(
-            "load",
-            self.grid(len(slots)),
-            BLOCK,
-            _read_only(slots),
-            np.int32(len(slots)),
-            np.int32(self.config.num_kv_heads),
-            *self.geometry,
-            keys,
-            values,
-            key_tables.book,
-            key_tables.inverse_rotation,
-            key_tables.mean,
-            key_tables.inverse_projection,
-            np.float32(factor),
-            value_tables.book,
-            value_tables.inverse_rotation,
-            seed=self.seed,
-        )
+        run(self.launches.load(read_only(slots), keys, values, kind), self.seed)
         return keys, values
 
 
-def _token_rows(array: np.ndarray) -> tuple[np.ndarray, int]:
-    """Return memory that starts at an array's first token, and the bytes between its tokens."""
-    owner = array if array.flags.c_contiguous else array.base
-    assert owner.flags.c_contiguous
-    flat = owner.reshape(-1)
-    first = (array.ctypes.data - owner.ctypes.data) // array.itemsize
-    return _read_only(flat[first:]), array.strides[0]
+def run(launch: Launch, seed: int = 0) -> None:
+    """Run a launch through the harness."""
+    kernels = harness.compile_kernels(launch.file, launch.macros)
+    kernels.launch(launch.kernel, launch.grid, BLOCK, *launch.arguments, seed=seed)
 
 
-def _read_only(array: np.ndarray) -> np.ndarray:
+def read_only(array: np.ndarray) -> np.ndarray:
+    """Return a view that the harness holds a kernel to leaving alone."""
     view = array.view()
     view.flags.writeable = False
     return view
+
+
+def _memory_from(array: np.ndarray) -> np.ndarray:
+    """Return the memory behind an array, from its first element on."""
+    owner = array if array.flags.c_contiguous else array.base
+    assert owner.flags.c_contiguous
+    first = (array.ctypes.data - owner.ctypes.data) // array.itemsize
+    return owner.reshape(-1)[first:]

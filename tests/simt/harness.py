@@ -32,7 +32,8 @@ from pagedtq.backends import kernel_source
 HERE = Path(__file__).parent
 _KERNEL = re.compile(r"__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(")
 _FLAGS = (
-    "-std=c++17 -O2 -shared -fPIC -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE "
+    "-std=c++17 -O2 -shared -fPIC -ffp-contract=off -fno-strict-aliasing -fno-gnu-unique "
+    "-U_FORTIFY_SOURCE "
     "-fsanitize=alignment,bounds,shift -fsanitize-undefined-trap-on-error "
     "-Wall -Wno-unknown-pragmas -Wno-unused-function -Wno-psabi -Werror"
 )
@@ -242,7 +243,7 @@ def _compile(path: Path, macros: tuple[tuple[str, str], ...], compiler: str) -> 
     unit += "".join(f"SIMT_EXPORT({name})\n" for name in names)
     folders = (f"-I{kernel_source.kernel_folder()}", f"-I{HERE}", f"-I{path.parent}")
     flags = [*_FLAGS.split(), *_processor_flags(), *(f"-D{n}={v}" for n, v in macros)]
-    runtime = [(HERE / name).read_text(encoding="utf-8") for name in ("fibers.h", "simt.h")]
+    runtime = [(HERE / name).read_text(encoding="utf-8") for name in ("fibers.h", "launch.h", "simt.h")]
     stamp = "\0".join((unit, text, *runtime, *flags, compiler, kernel_source.source_digest()))
     folder = Path(tempfile.gettempdir()) / f"pagedtq-simt-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "fibers.h"
+#include "launch.h"
 
 #define __global__
 #define __device__
@@ -347,6 +347,8 @@ inline float sub_rn(float a, float b) { return a - b; }
 inline float mul_rn(float a, float b) { return a * b; }
 inline float div_rn(float a, float b) { return a / b; }
 inline float sqrt_rn(float a) { return std::sqrt(a); }
+inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float set_ge(float a, float b) { return a >= b ? 1.0f : 0.0f; }
 inline double add_rn(double a, double b) { return a + b; }
 inline double mul_rn(double a, double b) { return a * b; }
 inline float ex2(float x) { return std::exp2(x); }

@@ -105,6 +105,16 @@ def test_a_sound_kernel_gives_the_same_result_in_any_order(faulty, seed):
     assert np.array_equal(y, x[::-1])
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_portable_context_switch_gives_the_same_results(seed):
+    kernels = harness.compile_kernels(HERE / "faulty.cu", {"SIMT_UCONTEXT": 1})
+    x, y = np.arange(100, dtype=np.int32), np.zeros(100, np.int32)
+    kernels.launch("reverse", 2, 128, x, y, np.int32(100), shared_bytes=400, seed=seed)
+    assert np.array_equal(y, x[::-1])
+    with pytest.raises(harness.KernelFault, match="divergence"):
+        kernels.launch("diverge", 1, 32, seed=seed)
+
+
 def test_a_missing_barrier_shows_under_some_order(faulty):
     x = np.arange(1, 129, dtype=np.int32)
     wrong = 0

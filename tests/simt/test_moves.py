@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import harness
 import numpy as np
 import pytest
-from device_layer import cache_config
+from device_layer import DeviceLayer, cache_config, read_only, run
 from test_store import FORMATS, tokens
 
+from pagedtq.backends import page_launches
 from pagedtq.backends.host import HostBackend
 from pagedtq.config import Exact, LayerOverride
-from pagedtq.paging.kernel_macros import DTYPE_NUMBERS
 from pagedtq.paging.span_tables import layer_spans, norm_spans
 
 
@@ -34,36 +33,32 @@ def host(request):
     return backend
 
 
-def run(file, grid, *arguments, seed=0):
-    harness.compile_kernels(f"{file}.cu").launch(file, grid, 128, *arguments, seed=seed)
-
-
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_copied_pages_equal_the_hosts(host, pieces):
+@pytest.mark.parametrize("run_bytes", [1, 40_000])
+def test_copied_pages_equal_the_hosts(host, run_bytes):
     src, dst = np.array([1, 5, 5]), np.array([8, 2, 3])
-    pool = host.pool.copy()
-    run("copy_pages", (3, 4, pieces), pool, layer_spans(host.layout), src, dst, seed=1)
+    pool, spans = host.pool.copy(), read_only(layer_spans(host.layout))
+    run(page_launches.copy_pages(pool, spans, read_only(src), read_only(dst), run_bytes), seed=1)
     host.pages.copy(src, dst)
     assert np.array_equal(pool, host.pool)
 
 
 def test_slabs_equal_the_hosts_and_go_back_anywhere(host):
     pages, layout = np.array([7, 1, 4]), host.layout
-    spans, slab = layer_spans(layout), np.int64(layout.page_bytes)
+    spans, largest = layer_spans(layout), max(layout.layer_page_bytes)
     slabs = np.zeros((3, layout.page_bytes), np.uint8)
-    run("gather_slabs", (3, 4, 2), host.pool, spans, pages, slabs, slab)
+    source = read_only(host.pool)
+    run(page_launches.gather_slabs(source, spans, pages, slabs, largest))
     assert np.array_equal(slabs, host.pages.gather(pages))
     pool, elsewhere = host.pool.copy(), np.array([2, 8, 3])
-    run("scatter_slabs", (3, 4, 2), pool, spans, elsewhere, slabs, slab)
+    run(page_launches.scatter_slabs(pool, spans, elsewhere, read_only(slabs), largest))
     host.pages.scatter(slabs, elsewhere)
     assert np.array_equal(pool, host.pool)
 
 
 def test_clearing_zeroes_norms_and_bounds_and_nothing_else(host):
     pages = np.array([3, 6])
-    pool, spans = host.pool.copy(), norm_spans(host.layout)
-    run("clear_norms", (2, len(spans)), pool, spans, pages, np.int32(2))
-    before = host.pool.copy()
+    pool, before = host.pool.copy(), host.pool.copy()
+    run(page_launches.clear_norms(pool, norm_spans(host.layout), pages, 2))
     host.pages.clear_norms(pages)
     assert np.array_equal(pool, host.pool)
     assert (before != pool).sum() > 2 * 2 * 3 * 2 * 16  # pages, heads, coded layers, planes, tokens
@@ -82,24 +77,9 @@ def test_window_rows_equal_the_hosts(kind, kv_dtype, head_dim):
     keys, values = tokens(6, 2, config.head_dim, kind)
     ring_mapping = np.array([16, 17, -1, -1, 31, 40])
     sink_mapping = np.array([4, 5, 6, -1, -1, 0])
-    macros = host.layout.kernel_macros(0) | {"INPUT_DTYPE": DTYPE_NUMBERS[kind]}
-    harness.compile_kernels("store_window.cu", macros).launch(
-        "store_window",
-        (6, 2),
-        128,
-        keys,
-        values,
-        np.int64(keys.strides[0]),
-        np.int64(values.strides[0]),
-        ring_mapping,
-        sink_mapping,
-        np.int32(2),
-        ring,
-        np.int32(window.rows),
-        sinks,
-        np.int32(window.sinks),
-        seed=4,
-    )
+    mappings = read_only(ring_mapping), read_only(sink_mapping)
+    launches = DeviceLayer(host).launches
+    run(launches.store_window(keys, values, kind, *mappings, ring, sinks), seed=4)
     window.write(host.check(0, keys, values, kind), ring_mapping, sink_mapping)
     assert np.array_equal(_bits(ring), _bits(window.ring))
     assert np.array_equal(_bits(sinks), _bits(window.sink))
@@ -115,6 +95,7 @@ def test_rings_are_copied_as_pages_of_one_layer():
     window.ring[:] = np.random.default_rng(1).standard_normal(window.ring.shape)
     ring, slot = window.ring.copy(), window.ring[0].nbytes
     span = np.array([[0, slot, 0, slot]])
-    run("copy_pages", (1, 1, 1), _bits(ring).reshape(-1), span, np.array([1]), np.array([3]))
+    pool = _bits(ring).reshape(-1)
+    run(page_launches.copy_pages(pool, span, np.array([1]), np.array([3]), slot))
     window.copy_slots(np.array([1]), np.array([3]))
     assert np.array_equal(ring, window.ring)
