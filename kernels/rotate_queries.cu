@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
     if constexpr (KeyForm::exact == 0) {
         rotate<kDense<KeyForm>>(key_rotation, head, x, lane, mine);
-        scale_by(x, static_cast<float>(1.0 / ROOT_HEAD_DIM));
+        scale_by(x, bits_float(INVERSE_ROOT_BITS));
     }
     float top = largest(x);
     Elements sketch;
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
             scale_by(sketch, qjl_factor);
         } else {
             rotate<kDense<KeyForm>>(key_projection, head, sketch, lane, mine);
-            scale_by(sketch, qjl_factor * static_cast<float>(1.0 / ROOT_HEAD_DIM));
+            scale_by(sketch, qjl_factor * bits_float(INVERSE_ROOT_BITS));
         }
         top = fmaxf(top, largest(sketch));
     }

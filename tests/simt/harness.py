@@ -243,7 +243,9 @@ def _compile(path: Path, macros: tuple[tuple[str, str], ...], compiler: str) -> 
     unit += "".join(f"SIMT_EXPORT({name})\n" for name in names)
     folders = (f"-I{kernel_source.kernel_folder()}", f"-I{HERE}", f"-I{path.parent}")
     flags = [*_FLAGS.split(), *_processor_flags(), *(f"-D{n}={v}" for n, v in macros)]
-    runtime = [(HERE / name).read_text(encoding="utf-8") for name in ("fibers.h", "launch.h", "simt.h")]
+    runtime = [
+        (HERE / name).read_text(encoding="utf-8") for name in ("fibers.h", "launch.h", "simt.h")
+    ]
     stamp = "\0".join((unit, text, *runtime, *flags, compiler, kernel_source.source_digest()))
     folder = Path(tempfile.gettempdir()) / f"pagedtq-simt-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)

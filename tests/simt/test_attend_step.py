@@ -7,10 +7,10 @@ import pytest
 
 from pagedtq.backends.attend_arguments import attend_kernel, attend_shape, table_entries
 from pagedtq.backends.kernel_tables import stream_tables
+from pagedtq.backends.page_launches import lanes_of
 from pagedtq.backends.states import add_sink, merge_states
 from pagedtq.paging.kernel_macros import DTYPE_NUMBERS
 from tests.reference import relative_error, softmax_attention
-from tests.simt.device_layer import lanes_of
 from tests.simt.harness import compile_kernels
 from tests.simt.test_attend import BOUND, HEADS, fill, make_cache
 
