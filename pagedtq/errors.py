@@ -84,6 +84,10 @@ class BackendUnavailable(PagedTQError, ImportError):
     """The requested backend cannot run here; the message says what to install."""
 
 
+class KernelCompileError(PagedTQError, RuntimeError):
+    """A CUDA kernel does not compile; the message names the specialisation and holds the log."""
+
+
 class CapacityError(PagedTQError):
     """A pool cannot serve a request; nothing was taken.
 

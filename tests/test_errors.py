@@ -16,6 +16,7 @@ from pagedtq.errors import (
     ConfigError,
     EvictedError,
     IntegrityError,
+    KernelCompileError,
     NonFiniteError,
     NotUnitNormError,
     OutOfPages,
@@ -41,6 +42,7 @@ ALL = [
 SAMPLES = [
     ConfigError("sinks must be in [0, 64], got 65"),
     UnknownSequence("sequence 7 is not open here"),
+    KernelCompileError("attend.cu [HEAD_DIM=128] does not compile for sm_90"),
     NotUnitNormError("expected norm 1, got 1.5 in token 3", 1.5),
     BackendUnavailable("backend 'cuda' needs CuPy"),
     OutOfPages(12, 3, 1024),

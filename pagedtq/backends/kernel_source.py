@@ -1,16 +1,22 @@
-"""Find the CUDA sources, read them, digest them. Compiles nothing and needs no GPU.
+"""Find the CUDA sources, read them, digest them, compile them with NVRTC. Needs no GPU.
 
 ``kernels/`` is a top-level folder of the repository and becomes ``pagedtq/kernels`` in a wheel, so
 there are two places to look. A real path is needed either way: NVRTC takes it as ``-I``.
+
+A *specialisation* is a file and its ``-D`` macros. The sources include no header but their own, so
+no CUDA toolkit is needed beside NVRTC, which CuPy binds.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailable, KernelCompileError
 
 _SUFFIXES = (".cu", ".cuh")
 
@@ -62,3 +68,99 @@ def source_digest() -> str:
     notice that an included header changed.
     """
     return digest_sources(read_kernels())
+
+
+class Specialisation(NamedTuple):
+    """A kernel file with the macros that fix its compile-time choices, in name order."""
+
+    file: str
+    macros: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        return f"{self.file} [{' '.join(f'{name}={value}' for name, value in self.macros)}]"
+
+
+def specialise(file: str, macros: Mapping[str, object]) -> Specialisation:
+    """Name a specialisation; the order of macros does not matter."""
+    return Specialisation(file, tuple(sorted((name, str(value)) for name, value in macros.items())))
+
+
+def compile_options(special: Specialisation) -> tuple[str, ...]:
+    """Return NVRTC options of a specialisation, architecture left out.
+
+    The digest of all sources is among them: compiler caches hash options, not included headers.
+    """
+    return (
+        "-std=c++17",
+        f"-I{kernel_folder()}",
+        f"-DPAGEDTQ_SOURCE_DIGEST=0x{source_digest()[:16]}ull",
+        *(f"-D{name}={value}" for name, value in special.macros),
+    )
+
+
+class Cubin(NamedTuple):
+    """A compiled specialisation.
+
+    Attributes
+    ----------
+    image : bytes
+        The ELF file.
+    registers, stack_bytes, spill_bytes : int
+        Per thread, as the assembler reports them (spills: stores and loads together), largest over
+        the kernels of the file.
+    """
+
+    image: bytes
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+
+@cache
+def compile_cubin(special: Specialisation, arch: int) -> Cubin:
+    """Compile a specialisation for an architecture; needs CuPy and NVRTC, no device.
+
+    Parameters
+    ----------
+    special : Specialisation
+        What to compile.
+    arch : int
+        Compute capability without the dot: 80, 90, 120.
+
+    Raises
+    ------
+    BackendUnavailable
+        Without CuPy or NVRTC.
+    KernelCompileError
+        With the compiler's log.
+    """
+    try:
+        from cupy.cuda import nvrtc
+    except ImportError as error:
+        raise BackendUnavailable(f"compiling kernels needs CuPy and NVRTC: {error}") from error
+    source = (kernel_folder() / special.file).read_text(encoding="utf-8")
+    options = (f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v", *compile_options(special))
+    program = nvrtc.createProgram(source, special.file, (), ())
+    try:
+        try:
+            nvrtc.compileProgram(program, options)
+        except nvrtc.NVRTCError as error:
+            log = nvrtc.getProgramLog(program)
+            raise KernelCompileError(
+                f"{special} does not compile for sm_{arch}: {error}\n{log}"
+            ) from error
+        # The binding takes the size for that of a C string and drops the last byte, a zero.
+        image = nvrtc.getCUBIN(program) + b"\0"
+        log = nvrtc.getProgramLog(program)
+    finally:
+        nvrtc.destroyProgram(program)
+
+    def largest(pattern: str) -> int:
+        return max((int(number) for number in re.findall(pattern, log)), default=0)
+
+    return Cubin(
+        image,
+        largest(r"Used (\d+) registers"),
+        largest(r"(\d+) bytes stack frame"),
+        largest(r"(\d+) bytes spill stores") + largest(r"(\d+) bytes spill loads"),
+    )

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..config import DTYPE_BYTES, CacheConfig, Codec, Exact, Polar, TurboQuant
+from .kernel_macros import kernel_macros
 
 PLANE_ALIGN = 16
 EXTENT_ALIGN = 128
@@ -234,6 +235,15 @@ class PageLayout:
             (self.page_strides[layer], extent.nbytes, *inner),
             plane.dtype,
         )
+
+    def kernel_macros(self, layer: int) -> dict[str, int]:
+        """Return the ``-D`` macros that specialise kernels for a layer.
+
+        Dimension, dtypes, widths, row bytes, and per plane its bytes per token before it
+        (``*_AT``): a plane's offset in an extent is that times the page size, because pages hold a
+        multiple of 16 tokens. Page size, strides and the number of heads stay run-time values.
+        """
+        return kernel_macros(self, layer)
 
 
 def _strided(

@@ -1,0 +1,158 @@
+// The running softmax of one warp, and the weighted sum of values.
+//
+// what      largest scores, weights, sums; folding a tile into them
+// mapping   fragments: columns are query rows, rows channels
+// bytes     none moved
+// host twin pagedtq/backends/host_attend.py (PageAttention.attend)
+
+#pragma once
+
+#include "tiles.cuh"
+
+// The running softmax of one warp.
+struct State {
+    float sums[COLUMN_TILES][OUTPUT_TILES][4];
+    float reference[COLUMN_TILES][2];  // log2: weights are 2^(score - reference)
+    float mass[COLUMN_TILES][2];       // this lane's share
+    float weight_bits;                 // 14 - e: the largest score exceeds the reference by this
+    u32 norm_limit;                    // f16 bits of 2^(e + 1)
+};
+
+// Below every score, yet finite, so that weights of what is masked are zero from the first tile on.
+#define NO_REFERENCE -1e30f
+
+DEVICE void clear(State& state) {
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; ++j) {
+#pragma unroll
+        for (int i = 0; i < OUTPUT_TILES; ++i) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) state.sums[j][i][k] = 0.0f;
+        }
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            state.reference[j][c] = NO_REFERENCE;
+            state.mass[j][c] = 0.0f;
+        }
+    }
+    state.weight_bits = 14.0f;
+    state.norm_limit = 0x4000u;
+}
+
+// What a score must be multiplied by to be in log2 units.
+DEVICE float score_scale(const Queries& queries, int j, int c) {
+    return SOFT_CAP ? 1.0f : queries.scale[j][c];
+}
+
+// Follow a tile with a larger score or value norm than any before; `tile_top`: largest score of the
+// lane's tokens.
+DEVICE void raise_reference(State& state, float (*tile_top)[2], u32 sample) {
+    const float bits = state.weight_bits;
+    if constexpr (kValueNorms) {
+        while (vote_any((sample & 0xffff) > state.norm_limit || (sample >> 16) > state.norm_limit)) {
+            state.norm_limit += 0x0400u;
+            state.weight_bits -= 1.0f;
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; ++j) {
+        float decay[2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            float top = tile_top[j][c];
+#pragma unroll
+            for (int lanes = 4; lanes < 32; lanes *= 2) top = fmaxf(top, shfl_xor(top, lanes));
+            const float reference =
+                fmaxf(top, state.reference[j][c] + bits) - state.weight_bits;
+            decay[c] = ex2(state.reference[j][c] - reference);
+            state.reference[j][c] = reference;
+            state.mass[j][c] *= decay[c];
+        }
+#pragma unroll
+        for (int i = 0; i < OUTPUT_TILES; ++i) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) state.sums[j][i][k] *= decay[k & 1];
+        }
+    }
+}
+
+// Fold a tile's scores into the state; `weights` become right operands: halves of two tokens.
+template <int subtiles>
+DEVICE void weigh_tile(State& state, const Queries& queries, const Scores<subtiles>& scores,
+                       u32 sample, u32 (*weights)[COLUMN_TILES][2]) {
+    float tile_top[COLUMN_TILES][2];
+    bool raise = false;
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; ++j) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+            float top = fmaxf(scores.at[0][j][c], scores.at[0][j][c + 2]);
+#pragma unroll
+            for (int s = 1; s < subtiles; ++s) {
+                top = fmaxf(top, fmaxf(scores.at[s][j][c], scores.at[s][j][c + 2]));
+            }
+            tile_top[j][c] = top * score_scale(queries, j, c);
+            raise |= tile_top[j][c] > state.reference[j][c] + state.weight_bits;
+        }
+    }
+    if constexpr (kValueNorms) {
+        const u32 limit = state.norm_limit << 16;
+        raise |= sample > (limit | 0xffff) || (sample << 16) > limit;
+    }
+    if (vote_any(raise)) raise_reference(state, tile_top, sample);
+#pragma unroll
+    for (int s = 0; s < subtiles; ++s) {
+#pragma unroll
+        for (int j = 0; j < COLUMN_TILES; ++j) {
+            float weight[4];
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                weight[k] = ex2(scores.at[s][j][k] * score_scale(queries, j, k & 1) -
+                                state.reference[j][k & 1]);
+                state.mass[j][k & 1] += weight[k];
+            }
+            weights[s][j][0] = movmatrix_trans(h2_from(weight[0], weight[1]));
+            weights[s][j][1] = movmatrix_trans(h2_from(weight[2], weight[3]));
+        }
+    }
+}
+
+// Add weighted values; `readable` masks token pairs of tiles that are not readable throughout.
+template <bool cut, int subtiles>
+DEVICE void add_values(State& state, const ValueTile<subtiles>& values,
+                       const NormTile<subtiles>& norms, const StreamTable& table, u32 (*weights)[COLUMN_TILES][2],
+                       const u32 (*readable)[2]) {
+#pragma unroll
+    for (int s = 0; s < subtiles; ++s) {
+        if constexpr (kValueNorms) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                u32 pair = norms.values[s][half];
+                if (cut) pair &= readable[s][half];
+#pragma unroll
+                for (int j = 0; j < COLUMN_TILES; ++j) {
+                    weights[s][j][half] = h2_mul(weights[s][j][half], pair);
+                }
+            }
+        }
+#pragma unroll
+        for (int step = 0; step < ValueRow::kSteps; ++step) {
+            u32 first[ValueRow::kPairs], second[ValueRow::kPairs];
+            values.rows[s][0].decode(step, table, first);
+            values.rows[s][1].decode(step, table, second);
+#pragma unroll
+            for (int n = 0; n < ValueRow::kPairs; n += 2) {
+                u32 left[4] = {first[n], first[n + 1], second[n], second[n + 1]};
+                if (cut && !kValueNorms) {
+                    left[0] &= readable[s][0], left[1] &= readable[s][0];
+                    left[2] &= readable[s][1], left[3] &= readable[s][1];
+                }
+#pragma unroll
+                for (int j = 0; j < COLUMN_TILES; ++j) {
+                    mma_f16(state.sums[j][(step * ValueRow::kPairs + n) / 2], left,
+                            weights[s][j][0], weights[s][j][1]);
+                }
+            }
+        }
+    }
+}

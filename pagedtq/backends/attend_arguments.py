@@ -1,0 +1,251 @@
+"""What the attention kernels are compiled for and launched with, from a page layout.
+
+A specialisation fixes what a page holds and how many query rows share a pass over it; everything
+else is an argument. The NumPy dtype below is the C struct of ``kernels/attend.cu`` byte for byte,
+so that CuPy and the CPU harness pass it by value alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..codec.codebook import codebook
+from ..config import Codec, Exact
+from ..paging.layout import PageLayout
+from ..paging.table_views import Reads
+
+Array = npt.NDArray[Any]
+
+#: Numbers of the exact formats in ``kernels/streams.cuh``; coded ones are their width.
+EXACT_FORMATS = {"f16": 16, "bf16": 17, "f32": 32}
+
+_PLANES = np.dtype([("codes", "<u4"), ("signs", "<u4"), ("norms", "<u4")])
+_TABLE = np.dtype([("high", "<u4", 2), ("low", "<u4", 2)])
+
+#: ``struct AttendShape``.
+ATTEND_SHAPE = np.dtype(
+    [
+        ("page_stride", "<i8"),
+        ("head_stride", "<i8"),
+        ("keys", _PLANES),
+        ("values", _PLANES),
+        ("key_table", _TABLE),
+        ("value_table", _TABLE),
+        ("qjl_signs", "<u4"),
+        ("residual_norms", "<u4"),
+        ("page_shift", "<i4"),
+        ("table_stride", "<i4"),
+        ("batch", "<i4"),
+        ("num_kv_heads", "<i4"),
+        ("group", "<i4"),
+        ("window_left", "<i4"),
+        ("soft_cap", "<f4"),
+        ("has_offsets", "<i4"),
+    ]
+)
+
+
+class AttendKernel(NamedTuple):
+    """A specialisation of the attention kernel.
+
+    Attributes
+    ----------
+    head_dim : int
+        Dimension of keys and values.
+    key_format, value_format : int
+        What a page holds: 1 to 8, width of codes; 16, 17, 32: exact f16, bf16, f32.
+    prod : bool
+        Keys carry QJL signs.
+    column_tiles : int
+        Query rows of one pass, in eights.
+    soft_cap : bool
+        Logits are capped.
+    tile_tokens : int
+        Tokens of one step of a warp; at most the page size.
+    """
+
+    head_dim: int
+    key_format: int
+    value_format: int
+    prod: bool
+    column_tiles: int
+    soft_cap: bool
+    tile_tokens: int
+
+    @property
+    def columns(self) -> int:
+        """Query rows of one unit of work."""
+        return 8 * self.column_tiles
+
+    def macros(self) -> dict[str, int]:
+        """Return the definitions the kernel is compiled with."""
+        return {
+            "HEAD_DIM": self.head_dim,
+            "KEY_FORMAT": self.key_format,
+            "VALUE_FORMAT": self.value_format,
+            "KEY_PROD": int(self.prod),
+            "COLUMN_TILES": self.column_tiles,
+            "SOFT_CAP": int(self.soft_cap),
+            "TILE_TOKENS": self.tile_tokens,
+        }
+
+
+def attend_kernel(layout: PageLayout, layer: int, rows: int, soft_cap: bool) -> AttendKernel:
+    """Choose the specialisation for a layer.
+
+    Parameters
+    ----------
+    layout : PageLayout
+        The pages.
+    layer : int
+        The layer.
+    rows : int
+        Most query rows of a KV head in one sequence: query tokens times group.
+    soft_cap : bool
+        Whether logits are capped.
+    """
+    config = layout.config
+    keys, values = config.layer_codecs(layer)
+    column_tiles = 1 if rows <= 8 else 2
+    tile = tile_tokens(config.head_dim, stream_format(keys), stream_format(values), column_tiles)
+    return AttendKernel(
+        config.head_dim,
+        stream_format(keys),
+        stream_format(values),
+        is_prod(keys),
+        column_tiles,
+        soft_cap,
+        min(tile, config.page_size),
+    )
+
+
+def tile_tokens(head_dim: int, key_format: int, value_format: int, column_tiles: int) -> int:
+    """Return how many tokens a warp takes at once: as many as registers hold without spilling."""
+    if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
+        return 32 if head_dim <= 64 and column_tiles == 1 else 16
+    if head_dim > 128 or column_tiles == 2:
+        return 16 if head_dim > 128 and column_tiles == 2 else 32
+    # Decoding values of 2 or 3 bits beside keys of another width takes most temporaries.
+    return 32 if head_dim > 64 and value_format < 4 and key_format != 3 else 64
+
+
+def is_prod(codec: Codec) -> bool:
+    """Whether keys of a codec carry QJL signs."""
+    return not isinstance(codec, Exact) and codec.estimator == "prod"
+
+
+def stream_format(codec: Codec) -> int:
+    """Return the number of a codec's format in ``kernels/streams.cuh``."""
+    return EXACT_FORMATS[codec.dtype] if isinstance(codec, Exact) else codec.code_bits
+
+
+def table_entries(codec: Codec, head_dim: int) -> Array:
+    """Return the decoded values of a codec's codes as f16 bits ``uint16[2**width]``.
+
+    They are exact: shipped tables are representable in f16. Exact streams have a single zero.
+    """
+    if isinstance(codec, Exact):
+        return np.zeros(1, np.uint16)
+    table = codebook(head_dim, codec.code_bits).table
+    return table.astype(np.float16).view(np.uint16)
+
+
+def attend_shape(
+    layout: PageLayout,
+    layer: int,
+    *,
+    table_stride: int,
+    batch: int,
+    group: int,
+    window_left: int | None = None,
+    soft_cap: float | None = None,
+    has_offsets: bool = False,
+) -> np.void:
+    """Fill the kernel's struct for a launch.
+
+    Parameters
+    ----------
+    layout, layer
+        The pages, and which of their layers.
+    table_stride : int
+        Entries of a row of the page table.
+    batch : int
+        Sequences.
+    group : int
+        Query heads per KV head.
+    window_left : int, optional
+        Sliding window of the layer.
+    soft_cap : float, optional
+        Cap of the logits.
+    has_offsets : bool
+        Whether key means were subtracted.
+    """
+    config, extent = layout.config, layout.extents[layer]
+    keys, values = config.layer_codecs(layer)
+    shape = np.zeros((), ATTEND_SHAPE)
+
+    def offset(name: str) -> int:
+        return extent.planes[name].offset if name in extent.planes else 0
+
+    for stream, codec in (("key", keys), ("value", values)):
+        planes = shape[stream + "s"]
+        if isinstance(codec, Exact):
+            planes["codes"] = offset(stream + "s")
+            continue
+        planes["codes"] = offset(stream + "_codes")
+        planes["signs"] = offset(stream + "_code_signs")
+        planes["norms"] = offset(stream + "_norms")
+        entries = np.zeros(8, np.uint16)
+        known = table_entries(codec, config.head_dim)[:8]
+        entries[: len(known)] = known
+        shape[stream + "_table"]["high"] = (entries >> 8).astype(np.uint8).view("<u4")
+        shape[stream + "_table"]["low"] = entries.astype(np.uint8).view("<u4")
+    shape["page_stride"] = layout.page_strides[layer]
+    shape["head_stride"] = extent.nbytes
+    shape["qjl_signs"] = offset("key_qjl_signs")
+    shape["residual_norms"] = offset("key_residual_norms")
+    shape["page_shift"] = config.page_size.bit_length() - 1
+    shape["table_stride"] = table_stride
+    shape["batch"] = batch
+    shape["num_kv_heads"] = config.num_kv_heads
+    shape["group"] = group
+    shape["window_left"] = -1 if window_left is None else window_left
+    shape["soft_cap"] = 0.0 if soft_cap is None else soft_cap
+    shape["has_offsets"] = has_offsets
+    filled: Any = shape[()]
+    assert isinstance(filled, np.void)
+    return filled
+
+
+def score_starts(table: Array, reads: Reads, page_size: int) -> tuple[Array, Array]:
+    """Say where the scores of every sequence and block go in a ragged row.
+
+    Parameters
+    ----------
+    table : ndarray of int32 ``[batch, max_blocks]``
+        Page of each block; 0 where evicted.
+    reads : Reads
+        Which positions are read.
+    page_size : int
+        Tokens per page.
+
+    Returns
+    -------
+    sequence_starts : ndarray of int64 ``[batch + 1]``
+    block_starts : ndarray of int64 ``[batch, max_blocks]``
+        From the start of the sequence.
+    """
+    begin = np.arange(table.shape[1], dtype=np.int64) * page_size
+    low = np.maximum(begin, reads.first[:, None])
+    high = np.minimum(begin + page_size, reads.stop[:, None])
+    keep, start = reads.keep[:, None], reads.start[:, None]
+    below = np.maximum(np.minimum(high, keep) - low, 0)
+    above = np.maximum(high - np.maximum(low, start), 0)
+    counts = np.where(keep >= start, np.maximum(high - low, 0), below + above)
+    counts = np.where(table != 0, counts, 0)
+    ends = counts.cumsum(axis=1)
+    totals = np.concatenate([[0], counts.sum(axis=1).cumsum()])
+    return totals.astype(np.int64), ends - counts

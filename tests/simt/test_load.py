@@ -1,0 +1,73 @@
+"""What the kernels' source decodes equals what the host decodes from the same pages."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from device_layer import DeviceLayer, cache_config
+from test_store import FORMATS, poisoned, tokens
+
+from pagedtq.backends.dtypes import round_to, to_storage
+
+CASES = [
+    ("k4v4", 128, 64),
+    ("k3v3", 96, 16),
+    ("k3v3", 256, 16),
+    ("k2v2", 64, 128),
+    ("k8v8", 80, 16),
+    ("k5v6", 128, 64),
+    ("k1v5", 64, 16),
+    ("prod4v4", 128, 16),
+    ("prod3v3", 96, 64),
+    ("dense4v3", 64, 16),
+    ("exact", 80, 16),
+]
+
+
+def filled(form, head_dim, page_size):
+    host = poisoned(cache_config(*FORMATS[form], head_dim, page_size=page_size))
+    slots = np.arange(page_size + 1, 3 * page_size - 2, dtype=np.int64)
+    keys, values = tokens(len(slots), 2, head_dim, "f32")
+    host.store(0, keys, values, slots)
+    return host, slots
+
+
+@pytest.mark.parametrize(("form", "head_dim", "page_size"), CASES)
+def test_decoded_tokens_equal_the_hosts_to_the_bit(form, head_dim, page_size):
+    host, slots = filled(form, head_dim, page_size)
+    # Any order, any slot twice.
+    picked = np.random.default_rng(3).choice(slots, 21)
+    keys, values = DeviceLayer(host, seed=6).load(picked)
+    host_keys, host_values = host.load(0, picked)
+    assert np.array_equal(keys, host_keys)
+    assert np.array_equal(values, host_values)
+
+
+def test_means_are_added_back():
+    means = 20 * np.random.default_rng(5).standard_normal((1, 2, 128)).astype(np.float32)
+    host = poisoned(cache_config(*FORMATS["k4v4"]), means)
+    slots = np.arange(64, 75, dtype=np.int64)
+    keys, values = tokens(len(slots), 2, 128, "f32", means=means[0])
+    host.store(0, keys, values, slots)
+    loaded, _ = DeviceLayer(host).load(slots)
+    assert np.array_equal(loaded, host.load(0, slots)[0])
+    assert np.abs(loaded - keys).max() < 1.5
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_results_are_rounded_to_the_type_asked_for(kind):
+    host, slots = filled("k4v4", 128, 16)
+    wide = DeviceLayer(host).load(slots)
+    narrow = DeviceLayer(host).load(slots, kind)
+    for ours, reference in zip(narrow, wide):
+        assert np.array_equal(ours, to_storage(round_to(reference, kind), kind))
+
+
+def test_negative_slots_give_zeros_and_read_nothing():
+    host, slots = filled("k3v3", 96, 16)
+    device = DeviceLayer(host)
+    # The null page is NaN in every plane: were it read, that would show.
+    picked = np.array([-1, slots[0], -1], np.int64)
+    for rows in device.load(picked):
+        assert not rows[[0, 2]].any()
+        assert rows[1].any()

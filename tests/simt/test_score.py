@@ -1,0 +1,86 @@
+"""The score kernel's own source against float64 on the decoded keys, run on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pagedtq.backends.attend_arguments import (
+    attend_kernel,
+    attend_shape,
+    score_starts,
+    table_entries,
+)
+from pagedtq.backends.queries import check_queries, prepare_queries
+from tests.reference import scores as exact_scores
+from tests.simt.device_attention import f16_rows, share_out
+from tests.simt.harness import compile_kernels
+from tests.simt.test_attend import BOUND, HEADS, fill, make_cache
+
+
+def score(cache, queries, ids, splits, seed=0):
+    """Return ragged scores ``[num_q_heads, total]`` and where each sequence's begin."""
+    backend, layout = cache.backend, cache.backend.layout
+    dim, host = cache.config.head_dim, cache.backend.layers[0]
+    table, reads = cache.tables.block_table(ids), cache.tables.reads(ids, False)
+    tokens = check_queries(queries, reads, None, HEADS, dim, None, np.float64)
+    prepared = prepare_queries(tokens, host.codecs[0], host.mean, 1.0)
+    group = tokens.values.shape[2]
+    kernel = attend_kernel(layout, 0, group, False)
+    rows, scales, power = f16_rows(prepared.keys.reshape(-1, dim), 1.0)
+    sketches = offsets = None
+    if prepared.qjl is not None:
+        flat = prepared.qjl.reshape(-1, dim) * power[:, None]
+        sketches = flat.astype(np.float16).view(np.uint16)
+    if prepared.offset is not None:
+        offsets = prepared.offset.astype(np.float32).reshape(-1)
+    units = share_out(reads, np.ones(len(ids), int), group, kernel.columns, splits)
+    shape = attend_shape(
+        layout, 0, table_stride=table.shape[1], batch=len(ids), group=group,
+        has_offsets=offsets is not None,
+    )  # fmt: skip
+    starts, block_starts = score_starts(table, reads, cache.config.page_size)
+    out = np.full((HEADS * group, starts[-1]), np.nan, np.float32)
+    compile_kernels("score.cu", kernel.macros()).launch(
+        "score", (len(units[0]), HEADS), 128, backend.pool, shape, table,
+        np.stack([reads.kv_lens, *reads[1:]]), rows, scales, sketches, offsets,
+        table_entries(cache.config.layer_codecs(0)[0], dim), *units, starts, block_starts, out,
+        seed=seed,
+    )  # fmt: skip
+    return out, starts
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "head_dim", "page_size", "group"),
+    [
+        ("k4v4", 128, 64, 4),
+        ("k3v3", 128, 16, 16),
+        ("k2v2", 64, 128, 5),
+        ("exact", 64, 16, 3),
+        ("prod4v4", 128, 64, 8),
+        ("k8v8", 64, 16, 1),
+    ],
+)
+def test_scores_equal_float64_and_leave_out_what_is_not_readable(
+    name, head_dim, page_size, group, splits
+):
+    rng = np.random.default_rng(1)
+    means = None if name == "exact" else 3 * rng.standard_normal((1, HEADS, head_dim))
+    means = None if means is None else means.astype(np.float32)
+    cache = make_cache(name, head_dim, page_size, means)
+    ids = fill(cache, [1, 3 * page_size + 5, 4 * page_size, 2 * page_size + 9], rng)
+    cache.tables.evict(ids[2], [1])
+    cache.tables.set_start(ids[3], 5, page_size + 3)
+    queries = rng.standard_normal((4, HEADS * group, head_dim)).astype(np.float32)
+    got, starts = score(cache, queries, ids, np.full(4, splits, np.int32))
+    again, _ = score(cache, queries, ids, np.full(4, splits, np.int32), seed=1)
+    assert np.array_equal(got, again)
+    for i, seq in enumerate(ids):
+        keys, _, _ = cache.load(0, seq)
+        want = exact_scores(queries[i], keys)
+        part = got[:, starts[i] : starts[i + 1]]
+        assert part.shape == want.shape
+        size = np.linalg.norm(queries[i], axis=-1)[:, None] * np.linalg.norm(keys, axis=-1).max()
+        assert (np.abs(part - want) <= BOUND * size).all()
+        assert np.linalg.norm(part - want) <= BOUND * np.linalg.norm(want)
