@@ -28,12 +28,11 @@ DEVICE u32 narrow(float x) {
     return float_bits(x);
 }
 
-// Round to `to`. As on the host, rounding to f16 leaves no negative zero.
+// Round to `to`; what rounds to zero keeps its sign.
 template <int to>
 DEVICE float round_to(float x) {
     if constexpr (to == F32) return x;
-    const float rounded = widen<to>(narrow<to>(x));
-    return to == F16 ? add_rn(rounded, 0.0f) : rounded;
+    return widen<to>(narrow<to>(x));
 }
 
 // Read elements [8 chunk, 8 chunk + 8) of a row; those from `count` on are 0. `aligned`: the row

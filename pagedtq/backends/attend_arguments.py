@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..codec.codebook import codebook
-from ..config import Codec, Exact
+from ..config import Codec, Exact, TurboQuant
+from ..errors import UnsupportedError
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
 
@@ -134,12 +135,14 @@ def tile_tokens(head_dim: int, key_format: int, value_format: int, column_tiles:
 
 def is_prod(codec: Codec) -> bool:
     """Whether keys of a codec carry QJL signs."""
-    return not isinstance(codec, Exact) and codec.estimator == "prod"
+    return isinstance(codec, TurboQuant) and codec.estimator == "prod"
 
 
 def stream_format(codec: Codec) -> int:
     """Return the number of a codec's format in ``kernels/streams.cuh``."""
-    return EXACT_FORMATS[codec.dtype] if isinstance(codec, Exact) else codec.code_bits
+    if isinstance(codec, Exact):
+        return EXACT_FORMATS[codec.dtype]
+    return _coded(codec).code_bits
 
 
 def table_entries(codec: Codec, head_dim: int) -> Array:
@@ -149,8 +152,14 @@ def table_entries(codec: Codec, head_dim: int) -> Array:
     """
     if isinstance(codec, Exact):
         return np.zeros(1, np.uint16)
-    table = codebook(head_dim, codec.code_bits).table
+    table = codebook(head_dim, _coded(codec).code_bits).table
     return table.astype(np.float16).view(np.uint16)
+
+
+def _coded(codec: Codec) -> TurboQuant:
+    if not isinstance(codec, TurboQuant):
+        raise UnsupportedError(f"the kernels read TurboQuant and exact streams, got {codec}")
+    return codec
 
 
 def attend_shape(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import Codec, Exact
+from ..config import Codec, Exact, Polar
+from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
     from .layout import ExtentLayout, PageLayout
@@ -76,6 +77,10 @@ def _stream_macros(
             "CODES_AT": at(stream + "s"),
             "ROW": row(stream + "s"),
         }
+    elif isinstance(codec, Polar):
+        raise UnsupportedError(
+            f"the kernels read TurboQuant and exact streams, got {codec} for {stream}s"
+        )
     else:
         prod = codec.estimator == "prod"
         values |= {

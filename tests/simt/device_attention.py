@@ -61,7 +61,7 @@ class DeviceAttention:
         layout, config = self.backend.layout, self.backend.config
         heads, dim = config.num_kv_heads, config.head_dim
         q_lens = np.ones(len(reads.kv_lens), np.int64) if q_lens is None else np.asarray(q_lens)
-        tokens = check_queries(queries, reads, q_lens, heads, dim, window_left, np.float64)
+        tokens = check_queries(queries, reads, q_lens, heads, dim, window_left)
         prepared = prepare_queries(tokens, self.host.codecs[0], self.host.mean, 1.0)
         group = tokens.values.shape[2]
         kernel = attend_kernel(layout, self.layer, int(q_lens.max()) * group, soft_cap is not None)
