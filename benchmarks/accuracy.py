@@ -89,7 +89,10 @@ def main() -> None:
     publish(
         "accuracy",
         rows,
-        notes=[f"closest to its bar: {worst}"],
+        notes=[
+            f"closest to its bar: {worst['format']}, window {worst['window']}, attend "
+            f"{worst['attend error']:.1e}, score {worst['score error']:.1e}, bar {worst['bar']:.0e}"
+        ],
         json_path=options.json,
         seed=options.seed,
         quick=options.quick,
