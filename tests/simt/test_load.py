@@ -1,4 +1,7 @@
-"""What the kernels' source decodes equals what the host decodes from the same pages."""
+"""What the kernels' source decodes is what the host decodes from the same pages.
+
+Values to the bit; keys to float32 rounding, since the host reads them in float64.
+"""
 
 from __future__ import annotations
 
