@@ -9,10 +9,11 @@ import numpy as np
 
 from ..config import CacheConfig
 from ..errors import WireError
+from .atomic import AnyPath
 from .header import Header
 from .metadata import Metadata, read_metadata
 from .reading import read_records
-from .snapshot import AnyPath, open_mapped
+from .snapshot import open_mapped
 
 
 class SequenceReport(msgspec.Struct, frozen=True, kw_only=True):

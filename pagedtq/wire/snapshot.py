@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-import secrets
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from ..cache import PagedKVCache
 from ..config import CacheConfig
 from ..errors import ArgumentError, WireMalformed, WireMismatch, WireTruncated
 from ..paging.layout import PageLayout
+from .atomic import AnyPath, write_atomically
 from .digests import changed_fields, sealed_only
 from .header import Header, read_header
 from .metadata import read_metadata
@@ -24,7 +24,8 @@ from .reading import CacheReceiver, read_records
 from .source import MappedSource
 from .writing import Allocate, Bytes, sequence_chunks
 
-AnyPath = str | os.PathLike[str]
+#: Chunks that may be ready before the disk takes them: its pauses do not stop the making of them.
+_CHUNKS_AHEAD = 4
 
 
 def save_cache(cache: PagedKVCache, path: AnyPath) -> None:
@@ -48,7 +49,7 @@ def save_cache(cache: PagedKVCache, path: AnyPath) -> None:
         If the file cannot be written.
     """
     ids = cache.tables.sequence_ids()
-    chunks = sequence_chunks(cache, ids, "cache", _two_buffers())
+    chunks = sequence_chunks(cache, ids, "cache", _buffers_in_turn(_CHUNKS_AHEAD + 1))
     write_atomically(path, _ahead(chunks))
 
 
@@ -167,45 +168,19 @@ def refuse_other_config(mine: CacheConfig, theirs: CacheConfig) -> None:
         )
 
 
-def write_atomically(path: AnyPath, chunks: Iterable[Any]) -> None:
-    """Write chunks into a file that replaces ``path`` when all of it is on disk."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        try:
-            for chunk in chunks:
-                view = memoryview(chunk)
-                while len(view):
-                    view = view[os.write(descriptor, view) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # The new name is durable only when the folder is.
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def _ahead(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
-    """Make the next chunk in a thread while the last one is being written."""
+    """Make the next chunks in a thread while one is being written."""
     with ThreadPoolExecutor(1, thread_name_prefix="pagedtq-wire") as thread:
-        upcoming = thread.submit(next, chunks, None)
-        while (chunk := upcoming.result()) is not None:
-            upcoming = thread.submit(next, chunks, None)
+        upcoming = deque(thread.submit(next, chunks, None) for _ in range(_CHUNKS_AHEAD))
+        while (chunk := upcoming.popleft().result()) is not None:
+            upcoming.append(thread.submit(next, chunks, None))
             yield chunk
 
 
-def _two_buffers() -> Allocate:
-    """Allocate from two buffers in turn: one is filled while the other is written."""
-    buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
-    turns = itertools.cycle((0, 1))
+def _buffers_in_turn(count: int) -> Allocate:
+    """Allocate from a few buffers in turn: some are filled while one is written."""
+    buffers = [np.empty(0, np.uint8) for _ in range(count)]
+    turns = itertools.cycle(range(count))
 
     def allocate(size: int) -> Bytes:
         turn = next(turns)

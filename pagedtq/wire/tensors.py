@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from ..cache import PagedKVCache
-from .snapshot import AnyPath, write_atomically
+from .atomic import AnyPath, write_atomically
 
 
 def save_tensors(cache: PagedKVCache, path: AnyPath) -> None:

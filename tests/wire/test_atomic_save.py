@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from wire_caches import append, assert_same_sequence, one_sequence, small_config
 
 from pagedtq.wire import load_cache, save_cache, save_tensors
+from pagedtq.wire.atomic import leftovers, write_atomically
 
 
 @pytest.fixture
@@ -134,3 +139,80 @@ def test_tensors_are_saved_atomically_too(old, monkeypatch):
             save_tensors(cache, path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_step_leaves_the_old_file_or_the_new_one_whole(tmp_path):
+    script = Path(__file__).with_name("killed_saves.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    saves = report["saves"]
+    finished = next(i for i, save in enumerate(saves) if not save["killed"])
+    # Every write, the sync, the rename, and the sync of the folder.
+    assert finished > 10
+    assert [save["content"] for save in saves[: finished + 1]] == [
+        *["old"] * (finished - 1),
+        # Killed behind the rename, which may be lost to a power failure but not to this.
+        "new",
+        "new",
+    ]
+    assert {save["content"] for save in saves} == {"old", "new"}
+    # What one leaves the next removes, so that they never add up.
+    assert max(save["left"] for save in saves) == 1
+    assert report["at last"] == ["cache.ptq", "new"]
+
+
+def test_a_file_that_is_being_written_is_not_a_leftover(tmp_path):
+    path = tmp_path / "cache.ptq"
+    seen = []
+
+    def chunks():
+        yield b"outer "
+        write_atomically(path, [b"inner"])
+        seen.append((path.read_bytes(), len(leftovers(path))))
+        yield b"file"
+
+    write_atomically(path, chunks())
+    assert seen == [(b"inner", 1)]
+    assert path.read_bytes() == b"outer file"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_this_file_only_are_removed(tmp_path):
+    path = tmp_path / "a+b.ptq"
+    stale = tmp_path / ".a+b.ptq.123-0123abcd.tmp"
+    others = {
+        tmp_path / name
+        for name in (".aab.ptq.123-0123abcd.tmp", ".a+b.ptq.123.tmp", "a+b.ptq.123-0123abcd.tmp")
+    }
+    for file in (stale, *others):
+        file.write_bytes(b"x")
+    assert leftovers(path) == [stale]
+    write_atomically(path, [b"whole"])
+    assert set(tmp_path.iterdir()) == {path, *others}
+
+
+def test_a_failed_flush_on_the_way_is_not_lost(tmp_path, monkeypatch):
+    path = tmp_path / "cache.ptq"
+    path.write_bytes(b"old")
+    errors = [OSError(5, "Input/output error")]
+
+    def flush(_):
+        # The kernel tells one call only.
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr("pagedtq.wire.atomic._flush", flush)
+    monkeypatch.setattr("pagedtq.wire.atomic._FLUSH_BYTES", 2)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_atomically(path, [b"new"] * 3)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
