@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ..codec.constants import constant_bytes
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..paging.arguments import integer
@@ -76,6 +77,11 @@ class HostBackend:
         ]
         self.pages = PageBytes(self.layout, self.pool)
         self.page_owners: Array | None = None
+
+    @property
+    def codec_bytes(self) -> int:
+        """Bytes of what codecs keep beside the pages; what layers have in common counts once."""
+        return constant_bytes([layer.codecs for layer in self.layers])
 
     # -- writing -----------------------------------------------------------------------------
 

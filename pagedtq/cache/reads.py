@@ -215,7 +215,9 @@ class CacheReads:
 
     def memory_report(self) -> MemoryReport:
         """Account for every byte held, beside what fp16 and fp32 would take."""
-        return memory_report(self.config, self.backend.layout, self.tables)
+        return memory_report(
+            self.config, self.backend.layout, self.tables, self.backend.codec_bytes
+        )
 
     def check_integrity(self) -> None:
         """Prove the invariants of tables and pools.

@@ -8,6 +8,15 @@ from ..config import DTYPE_BYTES, CacheConfig
 from ..paging.layout import PageLayout
 from ..paging.page_tables import PageTables
 
+#: Version of `MemoryReport`: 2 names slack, padding, metadata and what is held.
+REPORT_SCHEMA = 2
+
+#: Said wherever shadows are counted.
+SHADOW_WARNING = (
+    "held_bytes and compression_vs_fp16 include exact shadows; "
+    "do not report the pages alone as what was saved while shadows are kept"
+)
+
 
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counts of pages, window slots, sequences and tokens.
@@ -34,34 +43,80 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes held, and what the same tokens would take uncompressed.
 
+    Three sums hold: ``pages_used_bytes = payload_bytes + page_slack_bytes + page_padding_bytes``;
+    ``metadata_bytes`` is the sum of tables, page state, window state, prefix and codecs;
+    ``held_bytes = pages_used_bytes + window_used_bytes + shadow_used_bytes``.
+
     Attributes
     ----------
-    pool_bytes, window_bytes, table_bytes : int
-        What is allocated: the page pool, the exact window's slots, the page tables.
+    schema : int
+        Version of this report.
+    pool_bytes, window_bytes : int
+        Allocated: the page pool, and the rows of the exact window.
     pages_used_bytes, window_used_bytes : int
         The part of it that sequences hold.
+    payload_bytes : int
+        Codes and norms of the tokens in held pages; a token that sequences share counts once.
+    page_slack_bytes : int
+        Slots of held pages that belong to no token.
+    page_padding_bytes : int
+        Bytes of held pages that only align others.
+    table_bytes, page_state_bytes, window_state_bytes, prefix_bytes, codec_bytes : int
+        Metadata: page tables and the state of sequences; reference counts and free queue of the
+        pages; the same of window slots and sink records; index, keys and token ids of shared
+        prefixes; codebooks, rotations, projections and means.
+    metadata_bytes : int
+        The five together.
     payload_bytes_per_token, page_bytes_per_token : float
         Codes and norms of a token over all layers and heads, without and with page alignment.
     fp16_bytes, fp32_bytes : int
         The resident tokens of all sequences, uncompressed, without any pages.
-    compression_vs_fp16 : float
-        ``fp16_bytes`` over the bytes used, shadows included; 0.0 when nothing is held.
     shadow_bytes, shadow_used_bytes : int
-        Exact copies that are kept beside the cache for comparison: allocated, and held.
+        Exact copies that are kept beside the cache for comparison: allocated, their metadata
+        included, and held.
+    held_bytes : int
+        What sequences and shadows hold.
+    compression_vs_fp16 : float
+        ``fp16_bytes`` over ``held_bytes``; 0.0 when nothing is held.
+    warnings : list of str
+        What must be known to quote these figures.
     """
 
+    schema: int = REPORT_SCHEMA
     pool_bytes: int
     window_bytes: int
-    table_bytes: int
     pages_used_bytes: int
     window_used_bytes: int
+    payload_bytes: int
+    page_slack_bytes: int
+    page_padding_bytes: int
+    table_bytes: int
+    page_state_bytes: int
+    window_state_bytes: int
+    prefix_bytes: int
+    codec_bytes: int
+    metadata_bytes: int
     payload_bytes_per_token: float
     page_bytes_per_token: float
     fp16_bytes: int
     fp32_bytes: int
-    compression_vs_fp16: float
     shadow_bytes: int = 0
     shadow_used_bytes: int = 0
+    held_bytes: int
+    compression_vs_fp16: float
+    warnings: list[str] = []
+
+    def with_shadows(self, shadows: MemoryReport) -> MemoryReport:
+        """Return this report with a second cache counted as shadows of this one."""
+        held = self.held_bytes + shadows.held_bytes
+        return msgspec.structs.replace(
+            self,
+            shadow_bytes=shadows.pool_bytes + shadows.window_bytes + shadows.metadata_bytes,
+            shadow_used_bytes=shadows.held_bytes,
+            held_bytes=held,
+            compression_vs_fp16=self.fp16_bytes / held if held else 0.0,
+            warnings=[*self.warnings, SHADOW_WARNING],
+        )
 
 
 def cache_stats(tables: PageTables) -> CacheStats:
@@ -83,24 +138,38 @@ def cache_stats(tables: PageTables) -> CacheStats:
     )
 
 
-def memory_report(config: CacheConfig, layout: PageLayout, tables: PageTables) -> MemoryReport:
+def memory_report(
+    config: CacheConfig, layout: PageLayout, tables: PageTables, codec_bytes: int
+) -> MemoryReport:
     """Account for the bytes of a cache."""
     heads, dim, layers = config.num_kv_heads, config.head_dim, config.num_layers
     fp32 = tables.resident_tokens * layers * heads * 2 * dim * DTYPE_BYTES["f32"]
     used = tables.pool.num_used * layout.page_bytes
+    page_payload = heads * sum(extent.payload_bytes for extent in layout.extents)
+    payload = page_payload * int(tables.page_fill().sum()) // config.page_size
     slots = config.num_window_slots if config.window_tokens else 0
     window_used = tables.windows.num_used * layout.window_slot_bytes
-    payload = heads * sum(extent.payload_bytes for extent in layout.extents)
     held = used + window_used
+    page_state, window_state = tables.pool.nbytes, tables.windows.nbytes
+    prefix = tables.prefix_bytes
     return MemoryReport(
         pool_bytes=layout.pool_bytes,
         window_bytes=slots * layout.window_slot_bytes,
-        table_bytes=tables.nbytes,
         pages_used_bytes=used,
         window_used_bytes=window_used,
-        payload_bytes_per_token=payload / config.page_size,
+        payload_bytes=payload,
+        page_slack_bytes=tables.pool.num_used * page_payload - payload,
+        page_padding_bytes=used - tables.pool.num_used * page_payload,
+        table_bytes=tables.nbytes,
+        page_state_bytes=page_state,
+        window_state_bytes=window_state,
+        prefix_bytes=prefix,
+        codec_bytes=codec_bytes,
+        metadata_bytes=tables.nbytes + page_state + window_state + prefix + codec_bytes,
+        payload_bytes_per_token=page_payload / config.page_size,
         page_bytes_per_token=layout.token_bytes,
         fp16_bytes=fp32 // 2,
         fp32_bytes=fp32,
+        held_bytes=held,
         compression_vs_fp16=fp32 / 2 / held if held else 0.0,
     )

@@ -43,6 +43,11 @@ class FreeQueue:
     def __len__(self) -> int:
         return self._size
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the queue's arrays."""
+        return self._ring.nbytes + self._place.nbytes
+
     def pop(self, count: int) -> Int32:
         """Take ``count`` ids from the head; the queue holds at least as many."""
         head = self._head

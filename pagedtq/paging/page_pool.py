@@ -53,6 +53,11 @@ class CountedPool:
         return self._refs_view
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of reference counts and free queue."""
+        return self._refs.nbytes + self._scratch.nbytes + self._queue.nbytes
+
+    @property
     def num_free(self) -> int:
         """Ids without an owner."""
         return len(self._queue)

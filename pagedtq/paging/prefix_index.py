@@ -7,6 +7,7 @@ same time): all are kept, the first one is found, and the key lives until the la
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
@@ -61,6 +62,12 @@ class PrefixIndex:
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._first
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the index, its keys included, as ``sys.getsizeof`` counts Python's objects."""
+        objects = (self._first, self._copies, self._keys, *self._copies.values())
+        return self._held.nbytes + sum(map(sys.getsizeof, (*objects, *self._first)))
 
     @property
     def num_pages_held(self) -> int:

@@ -15,6 +15,7 @@ copy them, truncation finds them again, and no prefix is ever hashed twice.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,6 +104,25 @@ class SharedPrefixes(TableViews):
         self._page_tokens = np.zeros((num_pages if sharing else 0, page_size), np.int32)
         self._chains: dict[int, BlockChain] = {}
         self._num_opaque = 0
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes of what prefix sharing keeps: index, token ids of pages, keys of sequences.
+
+        0 without it. A key that sequences and index have in common counts once.
+        """
+        if self.prefix is None:
+            return 0
+        chains = self._chains.values()
+        pending = {key for chain in chains for key in chain.keys if key not in self.prefix}
+        prompts = {id(chain.prompt): chain.prompt.nbytes for chain in chains}
+        objects = (self._chains, *(chain.keys for chain in chains), *pending)
+        return (
+            self.prefix.nbytes
+            + self._page_tokens.nbytes
+            + sum(prompts.values())
+            + sum(map(sys.getsizeof, objects))
+        )
 
     @property
     def num_cached_pages(self) -> int:

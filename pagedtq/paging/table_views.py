@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import ArgumentError
-from .arguments import Int32, Int64, Integers, integers
+from .arguments import Int32, Int64, Integers, integers, ranges
 from .sequence_rows import SequenceRows
 from .step_plan import SequenceState
 
@@ -115,7 +115,25 @@ class TableViews(SequenceRows):
     @property
     def nbytes(self) -> int:
         """Bytes of the page tables and per-sequence state."""
-        return int(self._table.nbytes + self._fields.nbytes + self._slot.nbytes)
+        arrays = (self._table, self._fields, self._slot, self._ids)
+        return sum(array.nbytes for array in arrays)
+
+    def page_fill(self) -> Int64:
+        """Return how many tokens each page holds, ``int64[num_pages]``; 0 without an owner.
+
+        For a page that several sequences share it is the most that any of them has there.
+        """
+        fill = np.zeros(self.pool.num_pages, np.int64)
+        rows = np.flatnonzero(self._length)
+        length = self._length[rows]
+        blocks = -(-length // self.page_size)
+        table = self._table[np.repeat(rows, blocks), ranges(blocks)]
+        tokens = np.full(table.size, self.page_size)
+        tokens[np.cumsum(blocks) - 1] = length - (blocks - 1) * self.page_size
+        np.maximum.at(fill, table, tokens)
+        # Evicted blocks stand for the null page.
+        fill[0] = 0
+        return fill
 
     def resident_lengths(self, seq_ids: Integers) -> Int64:
         """Return the number of positions of each sequence whose block has a page, ``int64[B]``."""

@@ -7,6 +7,8 @@ block 0, not to a sequence: it is made with that page, shared with it, and freed
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 
 from ..errors import ArgumentError, IntegrityError, OutOfWindowSlots
@@ -48,6 +50,12 @@ class WindowPool(CountedPool):
     def sink_record(self) -> Int32:
         """Record of each page, -1 where it has none: a read-only view, ``int32[num_pages]``."""
         return self._record_view
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what says who owns which slot and record; rows are not among them."""
+        resting = sys.getsizeof(self._resting)
+        return super().nbytes + self._records.nbytes + self._record_of.nbytes + resting
 
     @property
     def num_records_used(self) -> int:

@@ -314,14 +314,7 @@ class ShadowedCache(PagedKVCache):
 
     def memory_report(self) -> MemoryReport:
         """Account for every byte held, the shadows included."""
-        report, shadow = super().memory_report(), self.shadow.memory_report()
-        held = report.pages_used_bytes + report.window_used_bytes + shadow.pages_used_bytes
-        return msgspec.structs.replace(
-            report,
-            shadow_bytes=shadow.pool_bytes + shadow.table_bytes,
-            shadow_used_bytes=shadow.pages_used_bytes,
-            compression_vs_fp16=report.fp16_bytes / held if held else 0.0,
-        )
+        return super().memory_report().with_shadows(self.shadow.memory_report())
 
     def check_integrity(self) -> None:
         """Prove the invariants of cache and shadows."""

@@ -22,10 +22,11 @@ from .header import Header, read_header
 from .metadata import read_metadata
 from .reading import CacheReceiver, read_records
 from .source import MappedSource
-from .writing import Allocate, Bytes, sequence_chunks
+from .writing import Allocate, Bytes, Task, sequence_chunks
 
-#: Chunks that may be ready before the disk takes them: its pauses do not stop the making of them.
-_CHUNKS_AHEAD = 4
+#: Pieces that may be ready before the disk takes them: its pauses do not stop the making of them.
+_PIECES_AHEAD = 4
+_THREADS = 2
 
 
 def save_cache(cache: PagedKVCache, path: AnyPath) -> None:
@@ -49,8 +50,8 @@ def save_cache(cache: PagedKVCache, path: AnyPath) -> None:
         If the file cannot be written.
     """
     ids = cache.tables.sequence_ids()
-    chunks = sequence_chunks(cache, ids, "cache", _buffers_in_turn(_CHUNKS_AHEAD + 1))
-    write_atomically(path, _ahead(chunks))
+    buffers = _buffers_in_turn(_PIECES_AHEAD + 1)
+    write_atomically(path, sequence_chunks(cache, ids, "cache", buffers, _ahead))
 
 
 def load_cache(
@@ -168,13 +169,15 @@ def refuse_other_config(mine: CacheConfig, theirs: CacheConfig) -> None:
         )
 
 
-def _ahead(chunks: Iterator[memoryview]) -> Iterator[memoryview]:
-    """Make the next chunks in a thread while one is being written."""
-    with ThreadPoolExecutor(1, thread_name_prefix="pagedtq-wire") as thread:
-        upcoming = deque(thread.submit(next, chunks, None) for _ in range(_CHUNKS_AHEAD))
-        while (chunk := upcoming.popleft().result()) is not None:
-            upcoming.append(thread.submit(next, chunks, None))
-            yield chunk
+def _ahead(tasks: Iterator[Task]) -> Iterator[Bytes]:
+    """Make the next pieces on some threads while one is being written."""
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="pagedtq-wire") as threads:
+        pending = deque(threads.submit(task) for task in itertools.islice(tasks, _PIECES_AHEAD))
+        while pending:
+            piece = pending.popleft().result()
+            # Into the buffer of the piece before, which has been written by now.
+            pending.extend(threads.submit(task) for task in itertools.islice(tasks, 1))
+            yield piece
 
 
 def _buffers_in_turn(count: int) -> Allocate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +22,10 @@ from .metadata import Metadata, encode_metadata
 Bytes = npt.NDArray[np.uint8]
 #: Gives room for a chunk of a size.
 Allocate = Callable[[int], Bytes]
+#: Makes a piece: page records ``uint8[n, page_stride]``.
+Task = Callable[[], Bytes]
+#: Runs tasks and yields what they return, in order.
+Run = Callable[[Iterator[Task]], Iterator[Bytes]]
 
 #: Pages are gathered and written in pieces of about this size.
 PIECE_BYTES = 4 << 20
@@ -41,8 +46,17 @@ def fresh(size: int) -> Bytes:
     return np.empty(size, np.uint8)
 
 
+def one_by_one(tasks: Iterator[Task]) -> Iterator[Bytes]:
+    """Run each task when its piece is asked for."""
+    return (task() for task in tasks)
+
+
 def sequence_chunks(
-    cache: PagedKVCache, seq_ids: Any, kind: str, allocate: Allocate = fresh
+    cache: PagedKVCache,
+    seq_ids: Any,
+    kind: str,
+    allocate: Allocate = fresh,
+    run: Run = one_by_one,
 ) -> Iterator[memoryview]:
     """Yield the chunks of sequences, header first.
 
@@ -55,7 +69,9 @@ def sequence_chunks(
     kind : {"sequence", "cache"}
         What the header calls it.
     allocate : callable
-        Where chunks of pages go.
+        Where chunks of pages go; called in the order of the chunks.
+    run : callable
+        How pieces of pages are made: tasks are independent and may run on any thread.
 
     Raises
     ------
@@ -66,7 +82,7 @@ def sequence_chunks(
     extracted = cache.tables.extract(seq_ids, only_sealed)
     image, size = extracted.image, config.page_size
     used = PageTokens(image.page_tokens(size, True), image.page_tokens(size, False))
-    return _chunks(cache, extracted, used, kind, allocate)
+    return _chunks(cache, extracted, used, kind, allocate, run)
 
 
 def page_chunks(cache: PagedKVCache, pages: Any) -> Iterator[memoryview]:
@@ -77,7 +93,7 @@ def page_chunks(cache: PagedKVCache, pages: Any) -> Iterator[memoryview]:
     image = SequenceImage(np.empty((0, 6), np.int64), none, none, ids.size, ids.size, 0)
     extracted = ExtractedSequences(image, ids.astype(np.int32), none)
     full = np.full(ids.size, cache.config.page_size)
-    return _chunks(cache, extracted, PageTokens(full, full), "pages", fresh)
+    return _chunks(cache, extracted, PageTokens(full, full), "pages", fresh, one_by_one)
 
 
 def _chunks(
@@ -86,6 +102,7 @@ def _chunks(
     used: PageTokens,
     kind: str,
     allocate: Allocate,
+    run: Run,
 ) -> Iterator[memoryview]:
     version = cache.tables.version
     image = extracted.image
@@ -98,21 +115,18 @@ def _chunks(
         if cache.tables.version != version:
             raise StepError("the cache changed while it was being written out")
 
+    def tasks() -> Iterator[Task]:
+        per_piece = max(1, PIECE_BYTES // header.page_stride)
+        for begin in range(0, image.num_filled, per_piece):
+            unchanged()
+            end = min(begin + per_piece, image.num_filled)
+            piece = allocate((end - begin) * header.page_stride).reshape(end - begin, -1)
+            pages = extracted.pages[begin:end]
+            yield functools.partial(_fill_piece, cache, pages, used, begin, piece)
+
     yield memoryview(front)
-    per_piece = max(1, PIECE_BYTES // header.page_stride)
-    for begin in range(0, image.num_filled, per_piece):
-        unchanged()
-        end = min(begin + per_piece, image.num_filled)
-        piece = allocate((end - begin) * header.page_stride).reshape(end - begin, -1)
-        slabs = piece[:, : header.page_bytes]
-        cache.backend.pages.gather(extracted.pages[begin:end], slabs)
-        # What a former owner left behind must not travel, and equal tokens give equal files.
-        for index in np.flatnonzero(used.coded[begin:end] < cache.config.page_size).tolist():
-            _clear_unused(cache, slabs[index], used, begin + index)
-        for index in range(end - begin):
-            footer = make_footer(begin + index, slabs[index])
-            piece[index, header.page_bytes :] = np.frombuffer(footer, np.uint8)
-            digest.update(footer)
+    for piece in run(tasks()):
+        digest.update(piece[:, header.page_bytes :].tobytes())
         yield piece.reshape(-1).data
     unchanged()
     for record, data in enumerate(_window_records(cache, extracted, metadata)):
@@ -121,6 +135,21 @@ def _chunks(
         digest.update(footer)
         yield memoryview(data + footer)
     yield memoryview(END_MAGIC + digest.digest())
+
+
+def _fill_piece(
+    cache: PagedKVCache, pages: Any, used: PageTokens, begin: int, piece: Bytes
+) -> Bytes:
+    """Gather pages into the records of a piece, whose first number is ``begin``, with footers."""
+    slabs = piece[:, : -FOOTER.size]
+    cache.backend.pages.gather(pages, slabs)
+    # What a former owner left behind must not travel, and equal tokens give equal files.
+    coded = used.coded[begin : begin + len(piece)]
+    for index in np.flatnonzero(coded < cache.config.page_size).tolist():
+        _clear_unused(cache, slabs[index], used, begin + index)
+    for index, slab in enumerate(slabs):
+        piece[index, -FOOTER.size :] = np.frombuffer(make_footer(begin + index, slab), np.uint8)
+    return piece
 
 
 def _clear_unused(cache: PagedKVCache, slab: Bytes, used: PageTokens, page: int) -> None:
