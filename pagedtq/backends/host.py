@@ -345,7 +345,8 @@ def _by_query_head(out: Array, lse: Array) -> tuple[Array, Array]:
 
 def _check_scale(sm_scale: float, soft_cap: float | None) -> None:
     for name, value in (("sm_scale", sm_scale), ("soft_cap", 0 if soft_cap is None else soft_cap)):
-        if not isinstance(value, float | int | np.floating | np.integer):
+        is_number = isinstance(value, float | int | np.floating | np.integer)
+        if not is_number or isinstance(value, bool):
             raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
     if not np.isfinite(sm_scale):
         raise ArgumentError(f"sm_scale must be finite, got {sm_scale}")

@@ -182,9 +182,7 @@ class HostLayer:
                 sketch = np.stack([key_reader.qjl_rows(slots, head) for head in heads], axis=1)
                 back = key_codec.projection.project_back(sketch)
                 keys += back * key_codec.projection.factor
-            keys = key_codec.rotation.inverse(keys)
-            if self.mean is not None:
-                keys = keys + self.mean
+            keys = key_codec.rotation.inverse(keys, self.mean)
         keys = keys.astype(self.dtype, copy=False)
         return keys, values if value_codec is None else value_codec.rotation.inverse(values)
 

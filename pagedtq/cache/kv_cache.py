@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..backends import select_backend
 from ..backends.dtypes import check_shape
 from ..config import CacheConfig, Dtype
-from ..errors import ArgumentError, StepError
+from ..errors import ArgumentError, ArgumentTypeError, StepError
 from ..paging.arguments import token_counts
 from ..paging.eviction import EvictionPolicy, apply
 from ..paging.page_tables import PageTables
@@ -63,6 +63,8 @@ class PagedKVCache(CacheReads):
         sharing: SharingOptions | None = None,
         debug: bool = False,
     ) -> None:
+        if not isinstance(config, CacheConfig):
+            raise ArgumentTypeError(f"config must be a CacheConfig, got {type(config).__name__}")
         tables = PageTables(
             config.page_size,
             config.num_pages,

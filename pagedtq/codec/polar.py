@@ -168,13 +168,8 @@ class PolarCodec:
         """
         rotated = self.decode_rotated(encoded, dtype)
         if self.projection is not None:
-            signs, gamma = self._sketch(encoded, rotated.dtype)
-            back = self.projection.project_back(signs)
-            rotated += back * (gamma * rotated.dtype.type(self.projection.factor))[..., None]
-        decoded = self.rotation.inverse(rotated)
-        if self.mean is not None:
-            decoded += self.mean.astype(rotated.dtype)
-        return decoded
+            rotated += self.projection.decode(*self._sketch(encoded, rotated.dtype))
+        return self.rotation.inverse(rotated, self.mean)
 
     def inner_products(self, queries: Array, encoded: EncodedPolar) -> Array:
         """Estimate inner products of queries with encoded vectors, without decoding them.

@@ -83,6 +83,19 @@ class Projection:
         """Return ``S^T y`` of vectors ``[..., num_heads * group, rows]``."""
         return self._multiply(signs, transposed=True)
 
+    def decode(self, signs: Array, gamma: Array) -> Array:
+        """Return what a sketch adds to a decoded vector: ``gamma * factor * S^T signs``.
+
+        Parameters
+        ----------
+        signs : float ``[..., num_heads * group, rows]``
+            The sketch, as 1 and -1.
+        gamma : float ``[..., num_heads * group]``
+            Norms of the residuals.
+        """
+        scale: Array = (gamma * gamma.dtype.type(self.factor))[..., None]
+        return self.project_back(signs) * scale
+
     def positive(self, residual: Array, spare: Array) -> npt.NDArray[np.bool_]:
         """Tell where ``S r >= 0``, in a fixed order of float32 operations.
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import threading
 import warnings
+import weakref
 
 import numpy as np
 import numpy.typing as npt
@@ -105,9 +106,7 @@ class Rotation:
         keys = [stream_key(seed, layer, stream, first_head + head) for head in range(num_heads)]
         self.matrices: npt.NDArray[np.float64] | None = None
         if self.dense:
-            gaussians = [random_gaussians(key, head_dim * head_dim) for key in keys]
-            shape = (num_heads, head_dim, head_dim)
-            self.matrices = _orthonormal_rows(np.stack(gaussians).reshape(shape))
+            self.matrices = _dense_matrices(head_dim, keys)
             self.signs = np.ones((num_heads, head_dim), np.float32)
         else:
             self.signs = np.stack([random_signs(key, head_dim) for key in keys])
@@ -129,9 +128,12 @@ class Rotation:
         """
         return self._apply(vectors, inverse=False)
 
-    def inverse(self, vectors: Array) -> Array:
-        """Undo `forward`; same shapes."""
-        return self._apply(vectors, inverse=True)
+    def inverse(self, vectors: Array, mean: Array | None = None) -> Array:
+        """Undo `forward`; same shapes. Add a mean ``[num_heads, head_dim]`` where one is given."""
+        turned = self._apply(vectors, inverse=True)
+        if mean is not None:
+            turned += mean.astype(turned.dtype)
+        return turned
 
     def transform(self, planes: Array, spare: Array) -> tuple[Array, Array]:
         """Compute ``sqrt(d) R x`` of planes whose elements carry ``entry_signs``.
@@ -269,6 +271,23 @@ def _transform_odd(matrix: Array, planes: Array, spare: Array) -> None:
 def _scaled(coefficient: Array, part: Array, term: Array) -> Array:
     # The first row and column are ones, and a product by 1 changes nothing.
     return part if coefficient == 1 else np.multiply(part, coefficient, out=term)
+
+
+#: Matrices that some rotation holds. Equal ones are made once, however many caches have them: a
+#: cache that is replaced by a larger one of the same seed would otherwise pay for them again.
+_matrices_in_use: weakref.WeakValueDictionary[tuple[int, ...], npt.NDArray[np.float64]]
+_matrices_in_use = weakref.WeakValueDictionary()
+
+
+def _dense_matrices(head_dim: int, keys: list[int]) -> npt.NDArray[np.float64]:
+    """Return the orthogonal matrix of each random stream, ``float64[n, d, d]``, read-only."""
+    found = _matrices_in_use.get((head_dim, *keys))
+    if found is None:
+        gaussians = [random_gaussians(key, head_dim * head_dim) for key in keys]
+        found = _orthonormal_rows(np.stack(gaussians).reshape(-1, head_dim, head_dim))
+        found.setflags(write=False)
+        _matrices_in_use[(head_dim, *keys)] = found
+    return found
 
 
 def _orthonormal_rows(matrices: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

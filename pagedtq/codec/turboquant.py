@@ -156,13 +156,8 @@ class TurboQuantCodec:
         """
         rotated = self.decode_rotated(encoded, dtype)
         if self.projection is not None:
-            signs, gamma = self._qjl(encoded, rotated.dtype)
-            back = self.projection.project_back(signs)
-            rotated += back * (gamma * rotated.dtype.type(self.projection.factor))[..., None]
-        decoded = self.rotation.inverse(rotated)
-        if self.mean is not None:
-            decoded += self.mean.astype(rotated.dtype)
-        return decoded
+            rotated += self.projection.decode(*self._qjl(encoded, rotated.dtype))
+        return self.rotation.inverse(rotated, self.mean)
 
     def inner_products(self, queries: Array, encoded: EncodedVectors) -> Array:
         """Estimate the inner products of queries with encoded vectors, without decoding them.

@@ -74,12 +74,12 @@ class GrowingSequence:
     @property
     def page_bytes(self) -> int:
         """Bytes of the pages that hold the tokens, the unused rest of the last one included."""
-        return self._cache.memory_report().pages_used_bytes
+        return self._cache.tables.pool.num_used * self._cache.backend.layout.page_bytes
 
     @property
     def pool_bytes(self) -> int:
         """Bytes allocated for pages, those held free for growth included."""
-        return self._cache.memory_report().pool_bytes
+        return self._cache.backend.layout.pool_bytes
 
     def clear(self) -> None:
         """Drop all tokens and return to the first size."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from pagedtq import Exact, KeepFirstLast, PagedKVCache, TurboQuant
+from pagedtq import CacheConfig, Exact, KeepFirstLast, PagedKVCache, TurboQuant
 from pagedtq.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -532,6 +532,8 @@ QUERIES = cases(
     ("one number as q_lens", KIND, "q_lens", lambda s: s.attend(q_lens=1)),
     ("sm_scale NaN", BAD, "sm_scale must be finite", lambda s: s.attend(sm_scale=np.nan)),
     ("sm_scale infinite", BAD, "sm_scale", lambda s: s.attend(sm_scale=np.inf)),
+    ("sm_scale a bool", KIND, "sm_scale must be a number", lambda s: s.attend(sm_scale=True)),
+    ("soft_cap a bool", KIND, "soft_cap must be a number", lambda s: s.attend(soft_cap=True)),
     ("sm_scale a string", KIND, "sm_scale", lambda s: s.attend(sm_scale="1")),
     ("sm_scale an array", KIND, "sm_scale", lambda s: s.attend(sm_scale=np.ones(4))),
     ("soft_cap 0", BAD, "soft_cap must be positive", lambda s: s.attend(soft_cap=0.0)),
@@ -828,3 +830,9 @@ def test_the_scene_itself_accepts_good_input(kind):
         scene.append()
         scene.attend()
         assert scene.cache.stats().pages_free <= 5
+
+
+@pytest.mark.parametrize("config", [None, {}, "k4v4", CacheConfig])
+def test_what_is_no_configuration_is_refused_by_type(config):
+    with pytest.raises(ArgumentTypeError, match="config must be a CacheConfig"):
+        PagedKVCache(config)

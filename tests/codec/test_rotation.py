@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -127,3 +128,16 @@ def test_wrong_shapes_and_types_are_refused():
             rotation.forward(np.zeros(shape, np.float32))
     with pytest.raises(ArgumentError, match="float32 or float64"):
         rotation.forward(np.zeros((1, 2, 64), np.float16))
+
+
+def test_equal_dense_rotations_hold_one_matrix_as_long_as_one_of_them_lives():
+    first, second = build(48), build(48)
+    assert first.matrices is second.matrices
+    assert not first.matrices.flags.writeable
+    assert build(48, seed=2).matrices is not first.matrices
+    assert build(48, first=1).matrices is not first.matrices
+    held = weakref.ref(first.matrices)
+    del first
+    assert held() is second.matrices
+    del second
+    assert held() is None
