@@ -8,6 +8,7 @@ to a fresh table.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,16 @@ def check_type(name: str, value: object, kind: type) -> None:
     if not isinstance(value, kind):
         got = type(value).__name__
         raise ArgumentTypeError(f"{name} must be {kind.__name__}, got {got} {value!r}")
+
+
+def number(name: str, value: object) -> float:
+    """Return a number as a float; refuse anything else by type, a bool too."""
+    if isinstance(value, bool) or not isinstance(value, float | int | np.floating | np.integer):
+        raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def vector(array: npt.ArrayLike, name: str) -> Float64:

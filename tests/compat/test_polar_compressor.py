@@ -149,6 +149,11 @@ def test_field_of_another_type_is_refused(fields):
 def test_scale_of_another_type_is_refused():
     with pytest.raises(ArgumentTypeError, match=r"scale must be AttentionScale, got float 0\.5"):
         cache_of().attention_scores_with_options(np.zeros(D), AttentionScoreOptions(0.5))
+    with pytest.raises(ArgumentTypeError, match="options must be AttentionScoreOptions"):
+        cache_of().attention_scores_with_options(np.zeros(D), AttentionScale.BY_HEAD_DIM)
+    options = AttentionScoreOptions(AttentionScale.custom("2"))
+    with pytest.raises(ArgumentTypeError, match="scale must be a number"):
+        cache_of().attention_scores_with_options(np.zeros(D), options)
 
 
 def test_there_is_a_schema_of_every_configuration_and_report():

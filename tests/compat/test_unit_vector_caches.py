@@ -139,6 +139,14 @@ def test_strategy_of_another_type_is_refused(strategy):
         cache_of(key_strategy=strategy)
 
 
+@pytest.mark.parametrize("cache", [QuantizedKVCache, MultiHeadKVCache])
+def test_what_is_no_configuration_is_refused_by_type(cache):
+    with pytest.raises(ArgumentTypeError, match="config must be"):
+        cache(None)
+    with pytest.raises(ArgumentTypeError, match="config must be KVCacheConfig"):
+        MultiHeadKVCache(MultiHeadConfig(2, 64))
+
+
 # -- seeds ----------------------------------------------------------------------------------------
 
 
@@ -354,6 +362,12 @@ def test_attention_of_an_empty_cache_checks_nothing():
 def test_temperature_that_is_not_finite_is_refused_before_the_query(temperature):
     with pytest.raises(InvalidValue, match="attention temperature"):
         filled(cache_of(), 2).attention_output(np.zeros(5), temperature)
+
+
+@pytest.mark.parametrize("temperature", ["1", None, True, np.ones(2)])
+def test_temperature_that_is_no_number_is_refused_by_type(temperature):
+    with pytest.raises(ArgumentTypeError, match="temperature must be a number"):
+        filled(cache_of(), 2).attention_output(unit(32, 1, 5)[0], temperature)
 
 
 @pytest.mark.parametrize("strategy", [MSE, PROD])

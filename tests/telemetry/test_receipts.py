@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import msgspec
 import numpy as np
 import pytest
@@ -38,7 +40,20 @@ def test_other_inputs_have_another_digest(changes):
     assert benchmark_receipt(**base).inputs_digest in digests
 
 
-def test_every_benchmark_writes_one(tmp_path, capsys):
+def test_every_benchmark_publishes(root):
+    frame = {"__init__", "conftest", "report", "tables", "micro_host"}
+    modules = {path.stem: path for path in (root / "benchmarks").glob("*.py")}
+    assert frame < set(modules)
+    for name in sorted(set(modules) - frame):
+        called = {
+            getattr(node.func, "id", getattr(node.func, "attr", None))
+            for node in ast.walk(ast.parse(modules[name].read_text()))
+            if isinstance(node, ast.Call)
+        }
+        assert {"arguments", "publish"} <= called, name
+
+
+def test_what_is_published_is_a_receipt(tmp_path, capsys):
     path = publish("snapshot", [{"ms": 1.0}], json_path=tmp_path / "a.json", seed=3, quick=True)
     receipt = msgspec.json.decode(path.read_bytes(), type=BenchmarkReceipt)
     assert (receipt.name, receipt.rows, receipt.quick) == ("snapshot", [{"ms": 1.0}], True)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ...config import Codec, TurboQuant
 from ...errors import ArgumentError
-from ..growing import GrowingSequence, check_type, rotation_for, vector
+from ..growing import GrowingSequence, check_type, number, rotation_for, vector
 from .errors import DimensionMismatch, MalformedCode, NonFiniteInput
 from .policies import EXACT, check_dimension, page_codec
 from .types import (
@@ -142,14 +142,15 @@ class KvCacheCompressor:
         DimensionMismatch, MalformedCode, NonFiniteInput
             Besides, ``MalformedCode`` if the scale is not finite.
         """
-        scale = AttentionScale.NONE if options is None else options.scale
+        options = AttentionScoreOptions() if options is None else options
+        check_type("options", options, AttentionScoreOptions)
         row = vector(query, "query")
         self._check_length(row)
         if isinstance(self._config.key_policy, Exact):
             scores = self.exact_attention_scores(row)
         else:
             scores = self._scores(row, _CODES)
-        factor = self._factor(scale)
+        factor = self._factor(options.scale)
         if not math.isfinite(factor):
             raise MalformedCode(f"the attention scale must be finite, got {factor}")
         with np.errstate(over="ignore"):
@@ -299,7 +300,7 @@ class KvCacheCompressor:
     def _factor(self, scale: AttentionScale | CustomScale) -> float:
         if isinstance(scale, CustomScale):
             with np.errstate(over="ignore"):
-                return float(np.float32(scale.value))
+                return float(np.float32(number("scale", scale.value)))
         check_type("scale", scale, AttentionScale)
         return 1.0 if scale is AttentionScale.NONE else 1.0 / math.sqrt(self._config.head_dim)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..growing import Float64, vector
+from ..growing import Float64, check_type, vector
 from .errors import DimensionMismatch, InvalidDimension, LengthMismatch
 from .single import QuantizedKVCache, Vectors, count
 from .types import MultiHeadCacheStats, MultiHeadConfig
@@ -30,6 +30,7 @@ class MultiHeadKVCache:
     """
 
     def __init__(self, config: MultiHeadConfig) -> None:
+        check_type("config", config, MultiHeadConfig)
         if type(config.num_heads) is not int or config.num_heads < 1:
             raise InvalidDimension(config.num_heads, "at least one head")
         self._config = config

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ...codec.validation import UNIT_TOLERANCE
 from ...config import TurboQuant
 from ...errors import ArgumentTypeError, ConfigError, UnsupportedError
-from ..growing import Float64, GrowingSequence, check_type, rotation_for, vector
+from ..growing import Float64, GrowingSequence, check_type, number, rotation_for, vector
 from .errors import (
     DimensionMismatch,
     InvalidBitWidth,
@@ -46,6 +46,7 @@ class QuantizedKVCache:
     """
 
     def __init__(self, config: KVCacheConfig) -> None:
+        check_type("config", config, KVCacheConfig)
         if not (type(config.dim) is int and 3 <= config.dim <= 4096):
             raise InvalidDimension(config.dim, "a dimension from 3 to 4096")
         self._config = config
@@ -155,9 +156,10 @@ class QuantizedKVCache:
         """
         if not self.num_tokens:
             return np.zeros(self.dim)
-        if not math.isfinite(temperature):
-            raise InvalidValue("attention temperature", temperature)
-        scale = temperature if temperature > 0 else 1 / math.sqrt(self.dim)
+        factor = number("temperature", temperature)
+        if not math.isfinite(factor):
+            raise InvalidValue("attention temperature", factor)
+        scale = factor if factor > 0 else 1 / math.sqrt(self.dim)
         return self._tokens.attend(self._query(query), scale)
 
     def reconstruct_keys(self) -> Float64:
