@@ -76,7 +76,7 @@ def child(folder: Path, runs: int, seed: int) -> None:
     with atheris.instrument_imports(include=["pagedtq"]):
         import pagedtq.wire  # noqa: F401
         from pagedtq.errors import CapacityError, WireError
-    decoders, seeds = _decoders(folder)
+    decoders, seeds = decoders_and_seeds(folder)
     corpus = folder / "corpus"
     corpus.mkdir()
     for which, valid in enumerate(seeds):
@@ -117,7 +117,7 @@ def child(folder: Path, runs: int, seed: int) -> None:
     atheris.Fuzz()
 
 
-def _decoders(folder: Path) -> tuple[list[Callable[[bytes], None]], list[bytes]]:
+def decoders_and_seeds(folder: Path) -> tuple[list[Callable[[bytes], None]], list[bytes]]:
     """Return what decodes an input, and a valid input for each."""
     import numpy as np
 

@@ -1,6 +1,7 @@
 """Wrong bytes by the thousand: a typed error and an untouched cache, or a sound sequence.
 
-``PAGEDTQ_FUZZ=100000 pytest tests/wire/test_wire_fuzz.py`` runs longer than the suite does.
+``PAGEDTQ_FUZZ=100000 pytest tests/wire/test_wire_fuzz.py`` runs longer than the suite does, and
+``python -m benchmarks.wire_fuzz`` looks for inputs by what they cover.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wire_caches import (
@@ -20,6 +22,7 @@ from wire_caches import (
     with_metadata,
 )
 
+from benchmarks.wire_fuzz import decoders_and_seeds, resealed
 from pagedtq import PagedKVCache, TurboQuant
 from pagedtq.errors import CapacityError, WireError
 from pagedtq.wire import export_sequence, import_sequence
@@ -155,3 +158,19 @@ def forgery(draw):
 @fuzzed
 def test_forged_fields_with_right_checksums_never_raise_anything_untyped(forged):
     survive(*forged)
+
+
+def test_the_longer_run_begins_with_inputs_that_are_accepted(tmp_path):
+    decoders, seeds = decoders_and_seeds(tmp_path)
+    for decode, data in zip(decoders, seeds, strict=True):
+        decode(data)
+        assert resealed(data) == data
+        # Damage behind a checksum is found by it, and by what it breaks when that is right again.
+        damaged = with_header(data, total_bytes=len(data) - 1)
+        broken = damaged[:170] + bytes([damaged[170] ^ 1]) + damaged[171:]
+        sealed = resealed(broken)
+        assert sealed[:HEADER_BYTES] == damaged[:HEADER_BYTES]
+        for wrong, fields in ((broken, {"header"}), (sealed, {"total_bytes", "end"})):
+            with pytest.raises(WireError) as caught:
+                decode(wrong)
+            assert caught.value.field in fields
