@@ -160,6 +160,17 @@ def test_pieces_of_a_large_cache_are_read_by_several_threads(tmp_path, monkeypat
     assert_same_sequence(cache, seq, loaded, int(loaded.tables.sequence_ids()[0]))
 
 
+@pytest.mark.parametrize("piece", [1, 300, 1000])
+def test_a_file_is_the_same_however_its_pieces_are_cut(tmp_path, monkeypatch, piece):
+    cache = busy_cache(small_config(num_pages=100))
+    # More pieces than there are buffers for them, made on several threads.
+    append(cache, cache.open(), 900)
+    save_cache(cache, tmp_path / "whole")
+    monkeypatch.setattr("pagedtq.wire.writing.PIECE_BYTES", piece)
+    save_cache(cache, tmp_path / "cut")
+    assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "problem"),
     [
