@@ -40,6 +40,18 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
     "host_attend": ("How fast is attention on the host?", (), lambda row: True),
     "host_store": ("How fast is encoding on the host?", (), lambda row: True),
     "paging": ("What does a step of the control plane cost?", (), lambda row: True),
+    "polar": (
+        "What does a polar code cost beside the others?",
+        (),
+        lambda row: row["codec"].split()[-1] in ("1", "4", "8"),
+    ),
+    "compat_append": (
+        "Does a long single-sequence cache append as fast as a short one?",
+        (),
+        lambda row: row["tokens"] in (1024, 8192, 32768, 131072),
+    ),
+    "snapshot": ("How fast are snapshots, beside a plain copy?", (), lambda row: True),
+    "wire_fuzz": ("What becomes of broken files?", (), lambda row: True),
     "simulate": ("How long does the whole Azure hour take to simulate?", (), lambda row: True),
     "utilisation": ("How full are the pages?", (), lambda row: True),
 }
