@@ -16,6 +16,15 @@ except ImportError as error:
 
 from .attention import ATTENTION, paged_attention_forward
 from .cache import PagedTQCache
+from .calibration import calibrate_key_means
 from .layer import PagedTQLayer
+from .model_shape import model_digest
 
-__all__ = ["ATTENTION", "PagedTQCache", "PagedTQLayer", "paged_attention_forward"]
+__all__ = [
+    "ATTENTION",
+    "PagedTQCache",
+    "PagedTQLayer",
+    "calibrate_key_means",
+    "model_digest",
+    "paged_attention_forward",
+]

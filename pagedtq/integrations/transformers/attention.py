@@ -79,6 +79,7 @@ def own_tokens(
     return marked, values
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def paged_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,

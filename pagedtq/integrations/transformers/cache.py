@@ -13,10 +13,11 @@ from ...cache import PagedKVCache
 from ...config import CacheConfig, Codec
 from ...errors import ArgumentError, ArgumentTypeError, StepError, UnsupportedError
 from ...paging.arguments import integer
+from ...wire.settings import CacheSettings
 from .attention import own_tokens as mark_own_tokens
 from .forward_calls import watch
 from .layer import PagedTQLayer
-from .model_shape import cache_config, decoder_of, decoder_shape
+from .model_shape import cache_config, decoder_of, decoder_shape, model_digest
 from .padded_batch import PaddedBatch
 from .padding import Arrival
 from .tensors import DTYPES, by_head, by_token, dtype_of, severed
@@ -82,7 +83,7 @@ class PagedTQCache(Cache):  # type: ignore[misc]
     def from_model(
         cls,
         model: Any,
-        codecs: str | tuple[Codec, Codec] = "k4v4",
+        settings: str | tuple[Codec, Codec] | CacheConfig | CacheSettings = "k4v4",
         *,
         max_tokens: int | None = None,
         own_tokens: Literal["exact", "stored"] = "exact",
@@ -98,9 +99,10 @@ class PagedTQCache(Cache):  # type: ignore[misc]
         ----------
         model : PreTrainedModel
             A decoder-only model; hooks are put on its decoder module.
-        codecs : str or (keys, values)
-            A preset such as ``"k4v4"``, or a pair of codecs. ``"exact"`` stores the model's own
-            type, bit for bit.
+        settings : str, (keys, values), CacheConfig or CacheSettings
+            A preset such as ``"k4v4"``, a pair of codecs, a configuration, or what
+            `calibrate_key_means` returned for this model. ``"exact"`` stores the model's own type,
+            bit for bit.
         max_tokens, own_tokens
             As `PagedTQCache`.
         key_means, accumulate, num_threads, debug
@@ -113,12 +115,18 @@ class PagedTQCache(Cache):  # type: ignore[misc]
         ------
         UnsupportedError
             A model without an attention cache, or with attention the pages cannot hold.
+        WireMismatch
+            Settings that were calibrated on another model.
         ConfigError, ArgumentError, ArgumentTypeError
             For bad settings.
         """
         decoder = decoder_of(model)
         shape = decoder_shape(model.config)
-        config = cache_config(shape, codecs, dtype_of(model.dtype), fields)
+        if isinstance(settings, CacheSettings):
+            settings.refuse_other_model(model_digest(model))
+            key_means = settings.key_means if key_means is None else key_means
+            settings = settings.config
+        config = cache_config(shape, settings, dtype_of(model.dtype), fields)
         cache = cls(
             config,
             shape.sliding_windows,
@@ -183,6 +191,8 @@ class PagedTQCache(Cache):  # type: ignore[misc]
                 f"share a cache are not supported"
             )
 
+    # What a compiler would trace here is NumPy: calls of a compiled model break out of the graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self,
         key_states: torch.Tensor,

@@ -60,7 +60,9 @@ class PagedTQLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store keys and values of new tokens; see `PagedTQCache.update`."""
-        return self._cache.update(key_states, value_states, self.index)
+        states: tuple[torch.Tensor, torch.Tensor]
+        states = self._cache.update(key_states, value_states, self.index)
+        return states
 
     def first_visible(self, length: int) -> int:
         """Return the first padded position that tokens behind ``length`` others can read."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,16 @@ from ...errors import ArgumentTypeError, ConfigError, UnsupportedError
 _SAMPLES = 64
 # What the model or its batch decides.
 _FIXED_FIELDS = ("num_layers", "num_pages", "num_window_slots")
+# What decides keys beside the weights.
+_KEY_FIELDS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "layer_types",
+    "sliding_window",
+    "rope_parameters",
+)
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -76,8 +87,6 @@ def decoder_shape(config: Any) -> DecoderShape:
     kind = type(text).__name__
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedError(f"{kind} has multi-head latent attention, which is not supported")
-    if getattr(text, "alibi", False) or getattr(text, "position_embedding_type", "") == "alibi":
-        raise UnsupportedError(f"{kind} uses ALiBi, which is not supported")
     layers = list(text.per_layer_config)
     shapes = {(_num_kv_heads(layer), _head_dim(layer)) for layer in layers}
     if len(shapes) != 1:
@@ -98,7 +107,10 @@ def decoder_shape(config: Any) -> DecoderShape:
 
 
 def cache_config(
-    shape: DecoderShape, codecs: str | tuple[Codec, Codec], dtype: Dtype, fields: dict[str, Any]
+    shape: DecoderShape,
+    settings: str | tuple[Codec, Codec] | CacheConfig,
+    dtype: Dtype,
+    fields: dict[str, Any],
 ) -> CacheConfig:
     """Make a cache's configuration for a model.
 
@@ -106,8 +118,8 @@ def cache_config(
     ----------
     shape : DecoderShape
         The model's attention.
-    codecs : str or (keys, values)
-        A preset, or a pair of codecs; ``"exact"`` is the model's own type.
+    settings : str, (keys, values) or CacheConfig
+        A preset, a pair of codecs, or a whole configuration; ``"exact"`` is the model's own type.
     dtype : {"f16", "bf16", "f32"}
         The model's type.
     fields : dict
@@ -116,31 +128,45 @@ def cache_config(
     Raises
     ------
     ConfigError
-        For an unknown preset or field, or one that follows the model.
+        For an unknown preset or field, one that follows the model, or a configuration of another
+        shape.
     """
     for name in _FIXED_FIELDS:
         if name in fields:
             raise ConfigError(f"{name} follows the model and its batch; leave it out")
-    if isinstance(codecs, str):
-        if codecs not in PRESETS:
-            raise ConfigError(f"unknown preset {codecs!r}; there are: {', '.join(PRESETS)}")
-        keys, values = PRESETS[codecs]
-        if codecs == "exact":
-            keys = values = Exact(dtype=fields.get("kv_dtype", dtype))
-    else:
-        keys, values = codecs
-    fields = {
-        "num_kv_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "kv_dtype": dtype,
-        "keys": keys,
-        "values": values,
-        **fields,
-    }
     try:
-        return CacheConfig(num_layers=shape.num_layers, num_pages=2, **fields)
+        if isinstance(settings, CacheConfig):
+            config = settings.replace(**fields)
+        else:
+            keys, values = _codecs(settings, fields.get("kv_dtype", dtype))
+            own: dict[str, Any] = {
+                "num_kv_heads": shape.num_kv_heads,
+                "head_dim": shape.head_dim,
+                "kv_dtype": dtype,
+                "keys": keys,
+                "values": values,
+            }
+            return CacheConfig(num_layers=shape.num_layers, num_pages=2, **(own | fields))
     except TypeError as error:
         raise ConfigError(f"{error}; see CacheConfig for the fields") from error
+    for name in ("num_layers", "num_kv_heads", "head_dim"):
+        if getattr(config, name) != getattr(shape, name) and name not in fields:
+            raise ConfigError(
+                f"the model has {name} {getattr(shape, name)}, the configuration "
+                f"{getattr(config, name)}"
+            )
+    return config
+
+
+def _codecs(settings: str | tuple[Codec, Codec], dtype: Dtype) -> tuple[Codec, Codec]:
+    if not isinstance(settings, str):
+        keys, values = settings
+        return keys, values
+    if settings == "exact":
+        return Exact(dtype=dtype), Exact(dtype=dtype)
+    if settings not in PRESETS:
+        raise ConfigError(f"unknown preset {settings!r}; there are: {', '.join(PRESETS)}")
+    return PRESETS[settings]
 
 
 def model_digest(model: Any) -> str:
@@ -153,8 +179,11 @@ def model_digest(model: Any) -> str:
     UnsupportedError
         If weights are not loaded (meta device).
     """
-    digest = hashlib.sha256()
-    for name, weight in decoder_of(model).named_parameters():
+    decoder = decoder_of(model)
+    text = model.config.get_text_config(decoder=True)
+    fields = {name: getattr(text, name, None) for name in _KEY_FIELDS}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, weight in decoder.named_parameters():
         if weight.is_meta:
             raise UnsupportedError(f"weight {name} is not loaded (it is on the meta device)")
         flat = weight.detach().reshape(-1)
