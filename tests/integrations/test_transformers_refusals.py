@@ -398,12 +398,12 @@ def test_gradients_through_the_cache_are_refused_not_lost(llama):
 
 
 def test_a_compiled_model_gives_the_same_logits(llama):
-    ids = prompt(1, 9)
+    ids = prompt(1, 8)
     for attention in ("sdpa", "pagedtq"):
         llama.set_attn_implementation(attention)
         mine, theirs = paged(llama), paged(llama)
         compiled = torch.compile(llama, backend="eager")
-        for part in ids.split([7, 1, 1], dim=1):
+        for part in ids.split([7, 1], dim=1):
             one = compiled(part, past_key_values=mine).logits
             assert torch.equal(one, llama(part, past_key_values=theirs).logits)
 
