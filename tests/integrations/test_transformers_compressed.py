@@ -223,11 +223,13 @@ def test_calibrated_means_are_those_of_the_keys_and_lower_the_error(llama):
 
 def test_calibration_takes_padding_several_texts_and_either_attention(llama):
     ids, mask = left_padded([150, 90])
-    padded = calibrate_key_means(llama, ids, mask).key_means
+    padded = calibrate_key_means(llama, ids, attention_mask=mask).key_means
     split = calibrate_key_means(llama, [ids[:1], ids[1:, 60:]]).key_means
     assert np.allclose(padded, split, atol=1e-4)
     llama.set_attn_implementation("pagedtq")
-    assert np.allclose(calibrate_key_means(llama, ids, mask).key_means, padded, atol=1e-4)
+    assert np.allclose(
+        calibrate_key_means(llama, ids, attention_mask=mask).key_means, padded, atol=1e-4
+    )
 
 
 def test_scores_through_a_centred_cache_are_true_inner_products(llama):

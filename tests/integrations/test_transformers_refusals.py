@@ -462,7 +462,9 @@ def test_calibration_refuses_tokens_of_which_most_are_the_same(llama):
         calibrate_key_means(llama, ids)
     # Pads are no tokens.
     with pytest.raises(ArgumentError, match="got 100"):
-        calibrate_key_means(llama, prompt(1, 400), (torch.arange(400) >= 300)[None].long())
+        calibrate_key_means(
+            llama, prompt(1, 400), attention_mask=(torch.arange(400) >= 300)[None].long()
+        )
 
 
 def test_calibration_refuses_keys_that_are_all_the_same(llama):

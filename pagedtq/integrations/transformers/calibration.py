@@ -23,9 +23,9 @@ MAX_SHARE = 0.5
 def calibrate_key_means(
     model: Any,
     input_ids: torch.Tensor | Iterable[torch.Tensor],
-    attention_mask: torch.Tensor | None = None,
-    *,
     settings: str | tuple[Codec, Codec] | CacheConfig = "k4v4",
+    *,
+    attention_mask: torch.Tensor | None = None,
     min_tokens: int = MIN_TOKENS,
     **fields: Any,
 ) -> CacheSettings:
@@ -41,10 +41,10 @@ def calibrate_key_means(
         reads.
     input_ids : tensor of int ``[rows, n]``, or an iterable of such
         The text; every tensor is one forward call from an empty cache.
-    attention_mask : tensor ``[rows, n]``, optional
-        0 for left padding; for a single tensor only.
     settings, **fields
         What the settings say of the cache, as in `PagedTQCache.from_model`.
+    attention_mask : tensor ``[rows, n]``, optional
+        0 for left padding; for a single tensor only.
     min_tokens : int
         Fewest tokens that are enough.
 
