@@ -197,7 +197,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
                        block_table + static_cast<i64>(sequence) * shape.table_stride,
                        reach, last, floor, warp, g, t};
     Queries queries;
-    load_queries(queries, query_rows, query_scales, sketches, row_index, g, t);
+    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, g, t);
 #if SOFT_CAP
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {

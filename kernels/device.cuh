@@ -187,6 +187,12 @@ DEVICE float set_ge(float a, float b) {
     asm("set.ge.f32.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
     return r;
 }
+// To the nearest integer, ties to even; |x| below 2^31.
+DEVICE int round_to_int(float x) {
+    int r;
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(r) : "f"(x));
+    return r;
+}
 DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 

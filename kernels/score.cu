@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     sync_block();
 
     Queries queries;
-    load_queries(queries, query_rows, query_scales, sketches, row_index, g, t);
+    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, g, t);
     const StreamTable table = {shape.key_table, key_entries};
     const i64 total = sequence_starts[shape.batch];
     const i64 sequence_start = sequence_starts[sequence];

@@ -182,6 +182,25 @@ struct Keys {
         }
     }
 
+    // The same codes as bytes (fragments.cuh), four elements a word.
+    static constexpr int kQuads = format == 4 ? 2 : 4;
+    DEVICE void decode_bytes(int step, const StreamTable& table, u32* quads) const {
+        if constexpr (format == 4) {
+            decode_key_bytes4(words.words[step], table.words, quads);
+        } else if constexpr (format == 3) {
+            decode_key_bytes3(words.words[step], words.sign_of(step), table.words, quads);
+        } else {
+            decode_key_bytes2(words.words[step], table.words, quads);
+        }
+    }
+
+    // Element of byte i of a lane's quad.
+    DEVICE static int quad_element(int quad, int i, int t) {
+        const int step = quad / kQuads, n = quad % kQuads;
+        const int first = Words::byte_of(step, t) * 8 / plane_bits(format, head_dim);
+        return first + (format == 4 ? 4 * n + i : QUAD_ELEMENT(n, i));
+    }
+
     // Element of half 0 or 1 of a lane's pair.
     DEVICE static int element(int pair, int half, int t) {
         const int step = pair / kPairs, n = pair % kPairs;

@@ -44,8 +44,10 @@ ATTEND_SHAPE = np.dtype(
         ("group", "<i4"),
         ("window_left", "<i4"),
         ("soft_cap", "<f4"),
+        ("key_unit", "<f4"),
         ("has_offsets", "<i4"),
-    ]
+    ],
+    align=True,
 )
 
 
@@ -66,6 +68,8 @@ class AttendKernel(NamedTuple):
         Logits are capped.
     tile_tokens : int
         Tokens of one step of a warp; at most the page size.
+    int8_keys : bool
+        Keys are multiplied as bytes, with query rows in two 8-bit terms, instead of as halves.
     """
 
     head_dim: int
@@ -75,6 +79,7 @@ class AttendKernel(NamedTuple):
     column_tiles: int
     soft_cap: bool
     tile_tokens: int
+    int8_keys: bool
 
     @property
     def columns(self) -> int:
@@ -91,10 +96,13 @@ class AttendKernel(NamedTuple):
             "COLUMN_TILES": self.column_tiles,
             "SOFT_CAP": int(self.soft_cap),
             "TILE_TOKENS": self.tile_tokens,
+            "KEY_INT8": int(self.int8_keys),
         }
 
 
-def attend_kernel(layout: PageLayout, layer: int, rows: int, soft_cap: bool) -> AttendKernel:
+def attend_kernel(
+    layout: PageLayout, layer: int, rows: int, soft_cap: bool, int8_keys: bool | None = None
+) -> AttendKernel:
     """Choose the specialisation for a layer.
 
     Parameters
@@ -107,23 +115,53 @@ def attend_kernel(layout: PageLayout, layer: int, rows: int, soft_cap: bool) -> 
         Most query rows of a KV head in one sequence: query tokens times group.
     soft_cap : bool
         Whether logits are capped.
+    int8_keys : bool, optional
+        Multiply keys as bytes; by default where `prefers_int8`.
+
+    Raises
+    ------
+    UnsupportedError
+        If keys that `takes_int8` refuses are to be multiplied as bytes.
     """
     config = layout.config
-    keys, values = config.layer_codecs(layer)
+    keys, values = (stream_format(codec) for codec in config.layer_codecs(layer))
+    prod = is_prod(config.layer_codecs(layer)[0])
     column_tiles = 1 if rows <= 8 else 2
-    tile = tile_tokens(config.head_dim, stream_format(keys), stream_format(values), column_tiles)
+    if int8_keys is None:
+        int8_keys = prefers_int8(config.head_dim, keys, prod)
+    elif int8_keys and not takes_int8(config.head_dim, keys, prod):
+        raise UnsupportedError(
+            "keys are multiplied as bytes for TurboQuant (MSE) of 2 and 3 bits in head dims 64, "
+            "128, 192 and 256, and of 4 bits in these, 32, 96, 160 and 224; got "
+            f"{config.layer_codecs(layer)[0]} with head_dim {config.head_dim}"
+        )
+    tile = tile_tokens(config.head_dim, keys, values, column_tiles, int8_keys)
     return AttendKernel(
         config.head_dim,
-        stream_format(keys),
-        stream_format(values),
-        is_prod(keys),
+        keys,
+        values,
+        prod,
         column_tiles,
         soft_cap,
         min(tile, config.page_size),
+        int8_keys,
     )
 
 
-def tile_tokens(head_dim: int, key_format: int, value_format: int, column_tiles: int) -> int:
+def takes_int8(head_dim: int, key_format: int, prod: bool) -> bool:
+    """Whether keys may be multiplied as bytes: ``KEY_INT8`` of ``kernels/tiles.cuh``."""
+    step = {2: 64, 3: 64, 4: 32}.get(key_format)
+    return not prod and step is not None and head_dim % step == 0 and head_dim <= 256
+
+
+def prefers_int8(head_dim: int, key_format: int, prod: bool) -> bool:
+    """Whether keys are multiplied as bytes: where halves would load the integer pipe too much."""
+    return key_format < 4 and takes_int8(head_dim, key_format, prod)
+
+
+def tile_tokens(
+    head_dim: int, key_format: int, value_format: int, column_tiles: int, int8_keys: bool = False
+) -> int:
     """Return how many tokens a warp takes at once: as many as registers hold without spilling."""
     if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
         return 32 if head_dim <= 64 and column_tiles == 1 else 16
@@ -156,6 +194,17 @@ def table_entries(codec: Codec, head_dim: int) -> Array:
     return table.astype(np.float16).view(np.uint16)
 
 
+def _byte_table(codec: Codec, head_dim: int) -> npt.NDArray[np.uint8]:
+    """Return ``128 + j`` of magnitudes ``j + 1/2``, then (below width 4) their complements."""
+    book = codebook(head_dim, _coded(codec).code_bits)
+    assert book.odd_steps is not None, "tables of widths 2 to 4 are half-integers"
+    positive = (128 + book.odd_steps // 2).astype(np.uint8)
+    table = np.zeros(8, np.uint8)
+    both = np.concatenate([positive, ~positive])[:8]
+    table[: len(both)] = both
+    return table
+
+
 def _coded(codec: Codec) -> TurboQuant:
     if not isinstance(codec, TurboQuant):
         raise UnsupportedError(f"the kernels read TurboQuant and exact streams, got {codec}")
@@ -172,6 +221,7 @@ def attend_shape(
     window_left: int | None = None,
     soft_cap: float | None = None,
     has_offsets: bool = False,
+    int8_keys: bool = False,
 ) -> np.void:
     """Fill the kernel's struct for a launch.
 
@@ -191,6 +241,8 @@ def attend_shape(
         Cap of the logits.
     has_offsets : bool
         Whether key means were subtracted.
+    int8_keys : bool
+        As the kernel is specialised.
     """
     config, extent = layout.config, layout.extents[layer]
     keys, values = config.layer_codecs(layer)
@@ -210,6 +262,10 @@ def attend_shape(
         entries = np.zeros(8, np.uint16)
         known = table_entries(codec, config.head_dim)[:8]
         entries[: len(known)] = known
+        if stream == "key" and int8_keys:
+            shape["key_table"]["low"] = _byte_table(codec, config.head_dim).view("<u4")
+            shape["key_unit"] = 2.0 ** -codebook(config.head_dim, _coded(codec).code_bits).exponent
+            continue
         shape[stream + "_table"]["high"] = (entries >> 8).astype(np.uint8).view("<u4")
         shape[stream + "_table"]["low"] = entries.astype(np.uint8).view("<u4")
     shape["page_stride"] = layout.page_strides[layer]

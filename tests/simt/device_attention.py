@@ -55,6 +55,7 @@ class DeviceAttention:
         *,
         soft_cap=None,
         window_left=None,
+        int8_keys=None,
         seed=0,
     ):
         """Return per-unit states ``out [units, heads, columns, dim]``, ``lse`` and the plan."""
@@ -64,7 +65,7 @@ class DeviceAttention:
         tokens = check_queries(queries, reads, q_lens, heads, dim, window_left)
         prepared = prepare_queries(tokens, self.host.codecs[0], self.host.mean, 1.0)
         group = tokens.values.shape[2]
-        kernel = attend_kernel(layout, self.layer, int(q_lens.max()) * group, soft_cap is not None)
+        kernel = attend_kernel(layout, self.layer, int(q_lens.max()) * group, soft_cap is not None, int8_keys)
         rows, scales, power = f16_rows(prepared.keys.reshape(-1, dim), sm_scale)
         sketches = None
         if prepared.qjl is not None:
@@ -83,6 +84,7 @@ class DeviceAttention:
             window_left=window_left,
             soft_cap=soft_cap,
             has_offsets=offsets is not None,
+            int8_keys=kernel.int8_keys,
         )
         out = np.full((len(sequences), heads, kernel.columns, dim), np.nan, np.float32)
         lse = np.full(out.shape[:3], np.nan, np.float32)

@@ -37,7 +37,7 @@ def score(cache, queries, ids, splits, seed=0):
     units = share_out(reads, np.ones(len(ids), int), group, kernel.columns, splits)
     shape = attend_shape(
         layout, 0, table_stride=table.shape[1], batch=len(ids), group=group,
-        has_offsets=offsets is not None,
+        has_offsets=offsets is not None, int8_keys=kernel.int8_keys,
     )  # fmt: skip
     starts, block_starts = score_starts(table, reads, cache.config.page_size)
     out = np.full((HEADS * group, starts[-1]), np.nan, np.float32)
