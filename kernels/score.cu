@@ -32,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
           const int* __restrict__ splits, const i64* __restrict__ sequence_starts,
           const i64* __restrict__ block_starts, float* __restrict__ scores) {
     __shared__ int row_index[COLUMNS];
+    __shared__ float shifts[COLUMNS];
     __shared__ Reach reach;
     const int index = blockIdx.x, head = blockIdx.y, thread = threadIdx.x;
     const int sequence = unit_sequences[index];
@@ -56,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     sync_block();
 
     Queries queries;
-    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, g, t);
+    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, shifts, g, t);
     const StreamTable table = {shape.key_table, key_entries};
     const i64 total = sequence_starts[shape.batch];
     const i64 sequence_start = sequence_starts[sequence];

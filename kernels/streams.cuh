@@ -50,10 +50,17 @@ DEVICE constexpr int load_bytes(int bytes, int lanes) {
                                       : 0;
 }
 
+// Whether `lanes` lanes can share a row. Sign words (width 3) follow the code words only where a
+// lane has one run of them, or runs of 16 bytes.
+DEVICE constexpr bool divides(int format, int bytes, int lanes) {
+    const int load = load_bytes(bytes, lanes);
+    return load != 0 && (format != 3 || load == 16 || bytes == load * lanes);
+}
+
 DEVICE constexpr bool is_tuned(int format, int head_dim) {
     return head_dim % 16 == 0 && ((format >= 2 && format <= 4) || format == FORMAT_F16) &&
-           load_bytes(row_bytes(format, head_dim), 4) != 0 &&
-           load_bytes(2 * row_bytes(format, head_dim), 8) != 0;
+           divides(format, row_bytes(format, head_dim), 4) &&
+           divides(format, 2 * row_bytes(format, head_dim), 8);
 }
 
 DEVICE constexpr int padded_dim(int head_dim) { return (head_dim + 15) / 16 * 16; }

@@ -147,7 +147,14 @@ static_assert(HEAD_DIM <= 256, "KEY_INT8 takes head dims up to 256");
 struct Queries {
 #if KEY_INT8
     u32 high[COLUMN_TILES][HEAD_DIM / 16], low[COLUMN_TILES][HEAD_DIM / 16];
-    float shift[COLUMN_TILES][2];  // -127.5 times the sum of the row's integers
+    // -127.5 times the sum of a row's integers. Width 2 has no registers left for it.
+#if KEY_FORMAT == 2
+    const float* shift;  // in shared memory
+    DEVICE float shift_of(int j, int c) const { return shift[8 * j + c]; }
+#else
+    float shift[COLUMN_TILES][2];
+    DEVICE float shift_of(int j, int c) const { return shift[j][c]; }
+#endif
 #else
     u32 keys[COLUMN_TILES][PADDED_DIM / 8];
 #endif
@@ -278,7 +285,7 @@ DEVICE void multiply_keys(const KeyRow& upper_row, const KeyRow& lower_row, cons
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             products[j][k] =
-                static_cast<float>(high[j][k] * 128 + low[j][k]) + queries.shift[j][k & 1];
+                static_cast<float>(high[j][k] * 128 + low[j][k]) + queries.shift_of(j, k & 1);
         }
     }
 #else
@@ -383,10 +390,11 @@ DEVICE int query_quad(const u16* row, int n, int t, u32& high, u32& low) {
 }
 #endif
 
-// Fragments and scales of a block's rows, whose indices lie in shared memory.
+// Fragments and scales of a block's rows, whose indices lie in shared memory, as do `shifts`
+// (KEY_INT8). All threads of the block call it.
 DEVICE void load_queries(Queries& queries, const AttendShape& shape, const u16* rows,
-                         const float* scales, const u16* sketches, const int* row_index, int g,
-                         int t) {
+                         const float* scales, const u16* sketches, const int* row_index,
+                         float* shifts, int g, int t) {
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {
         const u16* row = rows + static_cast<i64>(row_index[8 * j + g]) * HEAD_DIM;
@@ -401,9 +409,14 @@ DEVICE void load_queries(Queries& queries, const AttendShape& shape, const u16* 
         // Lanes 4 g to 4 g + 3 share row g, which is column g of the products.
         sum += shfl_xor(sum, 1);
         sum += shfl_xor(sum, 2);
+#if KEY_FORMAT == 2
+        if (threadIdx.x < WARP_SIZE && t == 0) shifts[8 * j + g] = -127.5f * static_cast<float>(sum);
+#endif
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
+#if KEY_FORMAT != 2
             queries.shift[j][c] = -127.5f * static_cast<float>(shfl_idx(sum, 4 * (2 * t + c)));
+#endif
             queries.scale[j][c] *= shape.key_unit * (1.0f / BYTE_QUERY_SCALE);
         }
 #else
@@ -421,4 +434,8 @@ DEVICE void load_queries(Queries& queries, const AttendShape& shape, const u16* 
         }
 #endif
     }
+#if KEY_INT8 && KEY_FORMAT == 2
+    queries.shift = shifts + 2 * t;
+    sync_block();
+#endif
 }

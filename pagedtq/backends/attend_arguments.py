@@ -131,9 +131,9 @@ def attend_kernel(
         int8_keys = prefers_int8(config.head_dim, keys, prod)
     elif int8_keys and not takes_int8(config.head_dim, keys, prod):
         raise UnsupportedError(
-            "keys are multiplied as bytes for TurboQuant (MSE) of 2 and 3 bits in head dims 64, "
-            "128, 192 and 256, and of 4 bits in these, 32, 96, 160 and 224; got "
-            f"{config.layer_codecs(layer)[0]} with head_dim {config.head_dim}"
+            "keys are multiplied as bytes for the MSE estimator of 2 bits in head dims 64, 128, "
+            "192 and 256, of 3 bits in 64, 128 and 256, of 4 bits in multiples of 32 up to 256; "
+            f"got {config.layer_codecs(layer)[0]} with head_dim {config.head_dim}"
         )
     tile = tile_tokens(config.head_dim, keys, values, column_tiles, int8_keys)
     return AttendKernel(
@@ -150,8 +150,8 @@ def attend_kernel(
 
 def takes_int8(head_dim: int, key_format: int, prod: bool) -> bool:
     """Whether keys may be multiplied as bytes: ``KEY_INT8`` of ``kernels/tiles.cuh``."""
-    step = {2: 64, 3: 64, 4: 32}.get(key_format)
-    return not prod and step is not None and head_dim % step == 0 and head_dim <= 256
+    dims = {2: (64, 128, 192, 256), 3: (64, 128, 256), 4: tuple(range(32, 257, 32))}
+    return not prod and head_dim in dims.get(key_format, ())
 
 
 def prefers_int8(head_dim: int, key_format: int, prod: bool) -> bool:
@@ -165,8 +165,12 @@ def tile_tokens(
     """Return how many tokens a warp takes at once: as many as registers hold without spilling."""
     if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
         return 32 if head_dim <= 64 and column_tiles == 1 else 16
+    if 3 in (key_format, value_format) and head_dim not in (64, 128, 256):
+        return 16  # decoded element by element
     if head_dim > 128 or column_tiles == 2:
         return 16 if head_dim > 128 and column_tiles == 2 else 32
+    if int8_keys:
+        return 64 if key_format < 4 else 32
     # Decoding values of 2 or 3 bits beside keys of another width takes most temporaries.
     return 32 if head_dim > 64 and value_format < 4 and key_format != 3 else 64
 

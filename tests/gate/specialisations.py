@@ -14,7 +14,9 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 F16 = 16
 
 
-def _attend(head_dim, keys, values, *, prod=False, column_tiles=1, soft_cap=False, tile=256, int8=False):
+def _attend(
+    head_dim, keys, values, *, prod=False, column_tiles=1, soft_cap=False, tile=256, int8=False
+):
     tile = min(tile, tile_tokens(head_dim, keys, values, column_tiles, int8))
     return AttendKernel(head_dim, keys, values, prod, column_tiles, soft_cap, tile, int8)
 
