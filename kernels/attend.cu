@@ -217,7 +217,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
         }
     }
 #endif
-    const StreamTable key_table = {shape.key_table, key_entries};
+    const StreamTable key_table = key_table_of(shape, key_entries);
     const StreamTable value_table = {shape.value_table, value_entries};
     State state;
     clear(state);

@@ -58,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
 
     Queries queries;
     load_queries(queries, shape, query_rows, query_scales, sketches, row_index, shifts, g, t);
-    const StreamTable table = {shape.key_table, key_entries};
+    const StreamTable table = key_table_of(shape, key_entries);
     const i64 total = sequence_starts[shape.batch];
     const i64 sequence_start = sequence_starts[sequence];
     const i64 table_row = static_cast<i64>(sequence) * shape.table_stride;

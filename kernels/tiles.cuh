@@ -31,6 +31,7 @@ struct AttendShape {
     i64 page_stride, head_stride;
     StreamPlanes keys, values;
     Table key_table, value_table;
+    u32 key_bytes[2];  // KEY_INT8: codes as bytes (fragments.cuh)
     u32 qjl_signs, residual_norms;
     int page_shift;    // log2 of the page size
     int table_stride;  // entries of a row of the page table
@@ -39,9 +40,18 @@ struct AttendShape {
     int group;         // query heads of a KV head
     int window_left;   // negative: none
     float soft_cap;    // with SOFT_CAP
-    float key_unit;    // with KEY_INT8: the unit of the key table's half-integers
+    float key_unit;    // KEY_INT8: the unit of the key table's half-integers
     int has_offsets;   // key means were subtracted: `offsets` holds sm_scale * q . mean
 };
+
+// What keys decode with.
+DEVICE StreamTable key_table_of(const AttendShape& shape, const u16* entries) {
+#if KEY_INT8
+    return {{{0, 0}, {shape.key_bytes[0], shape.key_bytes[1]}}, entries};
+#else
+    return {shape.key_table, entries};
+#endif
+}
 
 // QJL signs of a token: 16-bit units, pairs of bits eight apart.
 struct Sketch {

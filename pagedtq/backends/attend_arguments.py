@@ -17,6 +17,7 @@ from ..config import Codec, Exact, TurboQuant
 from ..errors import UnsupportedError
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
+from .score_places import block_counts
 
 Array = npt.NDArray[Any]
 
@@ -35,6 +36,7 @@ ATTEND_SHAPE = np.dtype(
         ("values", _PLANES),
         ("key_table", _TABLE),
         ("value_table", _TABLE),
+        ("key_bytes", "<u4", 2),
         ("qjl_signs", "<u4"),
         ("residual_norms", "<u4"),
         ("page_shift", "<i4"),
@@ -225,7 +227,6 @@ def attend_shape(
     window_left: int | None = None,
     soft_cap: float | None = None,
     has_offsets: bool = False,
-    int8_keys: bool = False,
 ) -> np.void:
     """Fill the kernel's struct for a launch.
 
@@ -245,8 +246,6 @@ def attend_shape(
         Cap of the logits.
     has_offsets : bool
         Whether key means were subtracted.
-    int8_keys : bool
-        As the kernel is specialised.
     """
     config, extent = layout.config, layout.extents[layer]
     keys, values = config.layer_codecs(layer)
@@ -266,10 +265,9 @@ def attend_shape(
         entries = np.zeros(8, np.uint16)
         known = table_entries(codec, config.head_dim)[:8]
         entries[: len(known)] = known
-        if stream == "key" and int8_keys:
-            shape["key_table"]["low"] = _byte_table(codec, config.head_dim).view("<u4")
+        if stream == "key" and takes_int8(config.head_dim, stream_format(codec), is_prod(codec)):
+            shape["key_bytes"] = _byte_table(codec, config.head_dim).view("<u4")
             shape["key_unit"] = 2.0 ** -codebook(config.head_dim, _coded(codec).code_bits).exponent
-            continue
         shape[stream + "_table"]["high"] = (entries >> 8).astype(np.uint8).view("<u4")
         shape[stream + "_table"]["low"] = entries.astype(np.uint8).view("<u4")
     shape["page_stride"] = layout.page_strides[layer]
@@ -307,14 +305,7 @@ def score_starts(table: Array, reads: Reads, page_size: int) -> tuple[Array, Arr
     block_starts : ndarray of int64 ``[batch, max_blocks]``
         From the start of the sequence.
     """
-    begin = np.arange(table.shape[1], dtype=np.int64) * page_size
-    low = np.maximum(begin, reads.first[:, None])
-    high = np.minimum(begin + page_size, reads.stop[:, None])
-    keep, start = reads.keep[:, None], reads.start[:, None]
-    below = np.maximum(np.minimum(high, keep) - low, 0)
-    above = np.maximum(high - np.maximum(low, start), 0)
-    counts = np.where(keep >= start, np.maximum(high - low, 0), below + above)
-    counts = np.where(table != 0, counts, 0)
+    counts = block_counts(table, reads, page_size)
     ends = counts.cumsum(axis=1)
     totals = np.concatenate([[0], counts.sum(axis=1).cumsum()])
     return totals.astype(np.int64), ends - counts

@@ -86,7 +86,6 @@ class DeviceAttention:
             window_left=window_left,
             soft_cap=soft_cap,
             has_offsets=offsets is not None,
-            int8_keys=kernel.int8_keys,
         )
         out = np.full((len(sequences), heads, kernel.columns, dim), np.nan, np.float32)
         lse = np.full(out.shape[:3], np.nan, np.float32)

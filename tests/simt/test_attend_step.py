@@ -53,7 +53,7 @@ def step(cache, queries, ids, q_lens, sm_scale, *, max_units=12, other=None, sin
     )  # fmt: skip
     shape = attend_shape(
         layout, 0, table_stride=table.shape[1], batch=len(ids), group=group,
-        has_offsets=mean is not None, int8_keys=kernel.int8_keys,
+        has_offsets=mean is not None,
     )  # fmt: skip
     codecs = config.layer_codecs(0)
     part_outs = np.full((max_units, heads, kernel.columns, dim), np.nan, np.float32)
