@@ -56,6 +56,10 @@ DEVICE void append(const u8* row, bool aligned, const Tables& tables, const Targ
         for (int e = 0; e < 8; ++e) {
             if (!here) x[j][e] = 0.0f;
             if constexpr (from != KV_DTYPE) x[j][e] = round_to<KV_DTYPE>(x[j][e]);
+            // Rounding to f16 saturates; scratch pages of a chunk may hold larger magnitudes.
+            if constexpr (Form::exact == F16 && KV_DTYPE != F16) {
+                x[j][e] = fminf(fmaxf(x[j][e], -65504.0f), 65504.0f);
+            }
             if constexpr (Form::exact != 0) x[j][e] = round_to<Form::exact>(x[j][e]);
         }
     }
