@@ -32,7 +32,7 @@
 // Blocks that share a multiprocessor: three where 168 registers do without spilling, which depends
 // on how the compiler schedules for an architecture.
 #if COLUMN_TILES > 1 || KEY_PROD || SOFT_CAP || HEAD_DIM > 128 || KEY_FORMAT > 8 || \
-    VALUE_FORMAT > 8
+    VALUE_FORMAT > 8 || CUDA_CORES
 #define BLOCKS 2
 #elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ / 100 == 10)
 #define BLOCKS 2

@@ -10,6 +10,7 @@
 
 #pragma once
 
+#include "matrix.cuh"
 #include "streams.cuh"
 
 #define WARPS 4
@@ -315,7 +316,7 @@ DEVICE void multiply_keys(const KeyRow& upper_row, const KeyRow& lower_row, cons
             const int pair = step * KeyRow::kPairs + n;
 #pragma unroll
             for (int j = 0; j < COLUMN_TILES; ++j) {
-                mma_f16(products[j], left, queries.keys[j][pair], queries.keys[j][pair + 1]);
+                multiply_f16(products[j], left, queries.keys[j][pair], queries.keys[j][pair + 1]);
             }
         }
     }
@@ -347,7 +348,7 @@ DEVICE void score_tile(const KeyTile<subtiles>& keys, const NormTile<subtiles>& 
                                  lower.pair(n + 1)};
 #pragma unroll
             for (int j = 0; j < COLUMN_TILES; ++j) {
-                mma_f16(residual[j], left, queries.sketch[j][n], queries.sketch[j][n + 1]);
+                multiply_f16(residual[j], left, queries.sketch[j][n], queries.sketch[j][n + 1]);
             }
         }
         const float upper_norm = f16_to_f32(norms.residuals[s][0]);

@@ -72,6 +72,8 @@ class AttendKernel(NamedTuple):
         Tokens of one step of a warp; at most the page size.
     int8_keys : bool
         Keys are multiplied as bytes, with query rows in two 8-bit terms, instead of as halves.
+    cuda_cores : bool
+        Products without matrix instructions.
     """
 
     head_dim: int
@@ -82,6 +84,7 @@ class AttendKernel(NamedTuple):
     soft_cap: bool
     tile_tokens: int
     int8_keys: bool
+    cuda_cores: bool = False
 
     @property
     def columns(self) -> int:
@@ -99,11 +102,17 @@ class AttendKernel(NamedTuple):
             "SOFT_CAP": int(self.soft_cap),
             "TILE_TOKENS": self.tile_tokens,
             "KEY_INT8": int(self.int8_keys),
+            "CUDA_CORES": int(self.cuda_cores),
         }
 
 
 def attend_kernel(
-    layout: PageLayout, layer: int, rows: int, soft_cap: bool, int8_keys: bool | None = None
+    layout: PageLayout,
+    layer: int,
+    rows: int,
+    soft_cap: bool,
+    int8_keys: bool | None = None,
+    arch: int = 80,
 ) -> AttendKernel:
     """Choose the specialisation for a layer.
 
@@ -118,7 +127,10 @@ def attend_kernel(
     soft_cap : bool
         Whether logits are capped.
     int8_keys : bool, optional
-        Multiply keys as bytes; by default where `prefers_int8`.
+        Multiply keys as bytes; by default where `prefers_int8`, from sm_80 on.
+    arch : int
+        The device's compute capability without the dot, or what it can run: 80 and more have all
+        matrix instructions, 75 those on halves, less none.
 
     Raises
     ------
@@ -130,13 +142,16 @@ def attend_kernel(
     prod = is_prod(config.layer_codecs(layer)[0])
     column_tiles = 1 if rows <= 8 else 2
     if int8_keys is None:
-        int8_keys = prefers_int8(config.head_dim, keys, prod)
+        int8_keys = arch >= 80 and prefers_int8(config.head_dim, keys, prod)
+    elif int8_keys and arch < 80:
+        raise UnsupportedError(f"keys are multiplied as bytes from sm_80 on, got sm_{arch}")
     elif int8_keys and not takes_int8(config.head_dim, keys, prod):
         raise UnsupportedError(
             "keys are multiplied as bytes for the MSE estimator of 2 bits in head dims 64, 128, "
             "192 and 256, of 3 bits in 64, 128 and 256, of 4 bits in multiples of 32 up to 256; "
             f"got {config.layer_codecs(layer)[0]} with head_dim {config.head_dim}"
         )
+    cuda_cores = arch < 75
     tile = tile_tokens(config.head_dim, keys, values, column_tiles, int8_keys)
     return AttendKernel(
         config.head_dim,
@@ -145,8 +160,9 @@ def attend_kernel(
         prod,
         column_tiles,
         soft_cap,
-        min(tile, config.page_size),
+        16 if cuda_cores else min(tile, config.page_size),
         int8_keys,
+        cuda_cores,
     )
 
 

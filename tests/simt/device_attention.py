@@ -56,6 +56,7 @@ class DeviceAttention:
         soft_cap=None,
         window_left=None,
         int8_keys=None,
+        arch=80,
         seed=0,
     ):
         """Return per-unit states ``out [units, heads, columns, dim]``, ``lse`` and the plan."""
@@ -66,7 +67,7 @@ class DeviceAttention:
         prepared = prepare_queries(tokens, self.host.codecs[0], self.host.mean, 1.0)
         group = tokens.values.shape[2]
         kernel = attend_kernel(
-            layout, self.layer, int(q_lens.max()) * group, soft_cap is not None, int8_keys
+            layout, self.layer, int(q_lens.max()) * group, soft_cap is not None, int8_keys, arch
         )
         rows, scales, power = f16_rows(prepared.keys.reshape(-1, dim), sm_scale)
         sketches = None

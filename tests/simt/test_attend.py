@@ -135,6 +135,19 @@ def test_keys_as_bytes_and_as_halves_both_meet_the_bound(name, head_dim, group, 
     check(cache, ids, [1, 1], group, 1, rng, int8_keys=int8_keys, soft_cap=5.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "head_dim", "group", "q_lens"),
+    [("k4v4", 128, 1, (1, 1)), ("k3v3", 64, 9, (1, 2)), ("prod4v4", 64, 1, (1, 3))],
+)
+def test_products_without_matrix_instructions_meet_the_bound(name, head_dim, group, q_lens):
+    rng = np.random.default_rng(18)
+    cache = make_cache(name, head_dim, 64)
+    ids = fill(cache, [130, 41], rng)
+    check(cache, ids, q_lens, group, 2, rng, arch=70)
+    with pytest.raises(UnsupportedError, match="from sm_80 on, got sm_75"):
+        attend_kernel(cache.backend.layout, 0, 4, False, int8_keys=True, arch=75)
+
+
 @pytest.mark.parametrize("signs", ["equal", "alternating"])
 def test_rows_of_the_largest_bytes_do_not_overflow_their_sums(signs):
     # Every rotated element of the query at its largest, every code at its largest magnitude.
