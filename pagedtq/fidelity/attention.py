@@ -94,7 +94,7 @@ def attention(
     query : Tensor ``[batch, num_q_heads, n, head_dim]``
     key, value : Tensor ``[batch, num_kv_heads, n, head_dim]``
     attention_mask : bool Tensor ``[batch, 1, n, n]`` or None
-        True where a query reads a key; None: causal.
+        True where a query reads a key; None: causal, unless the module says otherwise.
     """
     how = _CURRENT.get()
     layer: int = module.layer_idx
@@ -103,7 +103,10 @@ def attention(
     length = query.shape[2]
     visible = attention_mask
     if visible is None:
-        visible = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        visible = torch.ones(1, 1, length, length, dtype=torch.bool)
+        # Encoders say that they look both ways; no mask means a causal one elsewhere.
+        if getattr(module, "is_causal", True):
+            visible = visible.tril()
     outs = []
     for b in range(len(query)):
         q, k, v = query[b].float(), key[b].float(), value[b].float()
