@@ -1,4 +1,4 @@
-"""The command ``pagedtq``: simulate, plan, inspect, convert, info and selftest.
+"""The command ``pagedtq``: simulate, plan, evaluate, inspect, convert, info and selftest.
 
 Data goes to stdout (``--json`` for machines), progress to stderr and only on a terminal.
 Exit codes: 0 done, 1 a check failed, 2 wrong usage or input, 130 interrupted.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import PagedTQError
-from . import convert, info, inspect, plan, selftest, simulate
+from . import convert, evaluate, info, inspect, plan, selftest, simulate
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pagedtq {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (simulate, plan, inspect, convert, info, selftest):
+    for command in (simulate, plan, evaluate, inspect, convert, info, selftest):
         command.add_parser(commands)
     return parser
 

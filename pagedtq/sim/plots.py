@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError, UnsupportedError
+from ..figures import COLOURS, draw_figures
 from ..sizing import format_bytes
 from .report import FormatReport, SimulationReport
 
-# Okabe and Ito's colours, told apart with any kind of colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 # The baselines are context, not data of interest.
 _BASELINES = {"fp16": "#000000", "fp8": "#8C8C8C"}
-_STYLE: dict[Any, Any] = {
-    "figure.figsize": (6.4, 3.6),
-    "figure.dpi": 100,
-    "savefig.dpi": 200,
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E5E5E5",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.4,
-    "legend.frameon": False,
-}
 
 
 def draw_plots(report: SimulationReport, folder: str | Path) -> list[Path]:
@@ -49,33 +30,13 @@ def draw_plots(report: SimulationReport, folder: str | Path) -> list[Path]:
     ArgumentError
         If a file cannot be written.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UnsupportedError('plots need matplotlib: pip install "pagedtq[plots]"') from error
-    figures: dict[str, Callable[[SimulationReport, Any], None]] = {
+    figures = {
         "utilisation_over_time": _utilisation_over_time,
         "running_sequences": _running_sequences,
         "waste_by_page_size": _waste_by_page_size,
         "throughput": _throughput,
     }
-    paths = []
-    for name, draw in figures.items():
-        path = Path(folder) / f"{name}.png"
-        # Figures of our own, without pyplot: no global state, no display.
-        with matplotlib.rc_context(_STYLE):
-            figure = Figure()
-            FigureCanvasAgg(figure)
-            draw(report, figure)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path)
-            except OSError as error:
-                raise ArgumentError(f"cannot write {path}: {error.strerror or error}") from error
-        paths.append(path)
-    return paths
+    return draw_figures({name: partial(draw, report) for name, draw in figures.items()}, folder)
 
 
 def _utilisation_over_time(report: SimulationReport, figure: Any) -> None:
@@ -112,7 +73,7 @@ def _running_sequences(report: SimulationReport, figure: Any) -> None:
 def _waste_by_page_size(report: SimulationReport, figure: Any) -> None:
     axes = figure.subplots()
     waste = {int(size): 100 * share for size, share in report.workload.waste_by_page_size.items()}
-    axes.plot(*zip(*waste.items()), "o-", color=_COLOURS[0], label="all requests complete")
+    axes.plot(*zip(*waste.items()), "o-", color=COLOURS[0], label="all requests complete")
     for size, share in waste.items():
         axes.annotate(
             f"{share:.2f}", (size, share), (-3, 5), textcoords="offset points", ha="right"
@@ -122,7 +83,7 @@ def _waste_by_page_size(report: SimulationReport, figure: Any) -> None:
         report.page_size,
         running,
         "D",
-        color=_COLOURS[1],
+        color=COLOURS[1],
         label=f"while running, mean over time ({running:.2f} %)",
     )
     axes.axhline(4, color="#8C8C8C", linewidth=1, linestyle=":")
@@ -181,7 +142,7 @@ def _lines(report: SimulationReport) -> list[tuple[FormatReport, dict[str, Any]]
         codec, dash, window = f.name.rpartition("-w")
         codec = codec if dash and window.isdigit() else f.name
         used = len(colours) - len(_BASELINES)
-        colours.setdefault(codec, _COLOURS[used % len(_COLOURS)])
+        colours.setdefault(codec, COLOURS[used % len(COLOURS)])
         style = "-" if codec == f.name else "--"
         lines.append((f, {"color": colours[codec], "linestyle": style, "label": f.name}))
     return lines
