@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import numpy.typing as npt
 
 from ..backends import select_backend
@@ -354,8 +355,9 @@ class PagedKVCache(CacheReads):
     def _freed(self, pages: Array) -> None:
         if self.debug and len(pages):
             prefix = self.tables.prefix
-            # Pages that can be found again keep their bytes.
+            # Pages that can be found again keep their bytes, and so do those still being read.
             gone = pages if prefix is None else pages[~prefix.held[pages]]
+            gone = np.setdiff1d(gone, self.tables.pool.parked_ids())
             self.backend.fill_pages(gone, POISON)
         self._after_change()
 

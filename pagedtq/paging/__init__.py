@@ -3,6 +3,7 @@
 from .adoption import AdoptionPlan, ExtractedSequences
 from .block_keys import BlockHasher
 from .eviction import EvictionPlan, KeepFirstLast
+from .fences import Event, Fences
 from .layout import PageLayout
 from .page_pool import PagePool
 from .page_tables import PageTables
@@ -16,8 +17,10 @@ from .window_pool import WindowPool
 __all__ = [
     "AdoptionPlan",
     "BlockHasher",
+    "Event",
     "EvictionPlan",
     "ExtractedSequences",
+    "Fences",
     "KeepFirstLast",
     "PageIndices",
     "PageLayout",

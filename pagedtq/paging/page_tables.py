@@ -43,6 +43,8 @@ class PageTables(Adoption, OneRow):
         Owners of pages.
     windows : WindowPool
         Owners of window slots, and the sink record of each block-0 page.
+    fences : Fences
+        What is freed while work in flight may read it waits here.
     prefix : PrefixIndex or None
         Which page holds which block, with ``sharing``.
     """

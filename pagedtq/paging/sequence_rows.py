@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import ArgumentError, ArgumentTypeError, UnknownSequence
 from .arguments import Int32, Int64, Integers, integer, integers, ranges
+from .fences import Fences
 from .page_pool import PagePool
 from .window_pool import WindowPool
 
@@ -67,6 +68,7 @@ class SequenceRows:
         slots = integer("num_window_slots", num_window_slots, 1 if self.window_tokens else 0)
         self.pool = PagePool(num_pages)
         self.windows = WindowPool(slots if self.window_tokens else 0, num_pages)
+        self.fences = Fences(self.pool, self.windows)
         #: Grows with every change; tells a `StepPlan` whether its lazy arrays still hold.
         self.version = 0
         self._fields = np.zeros((12, 0), np.int64)

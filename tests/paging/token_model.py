@@ -261,12 +261,22 @@ def snapshot(tables: PageTables) -> tuple[object, ...]:
         tables._table,
         tables.pool.ref_counts,
         tables.pool.free_ids(),
+        tables.pool.parked_ids(),
         tables.windows.ref_counts,
         tables.windows.free_ids(),
+        tables.windows.parked_ids(),
         tables.windows.sink_record,
         tables.windows._records.ref_counts,
         tables.windows._records.free_ids(),
+        tables.windows._records.parked_ids(),
     )
     state = [array.tobytes() for array in arrays]
     shared = tables.pool.num_shared, tables.windows.num_shared
-    return (*state, shared, list(tables._free_rows), tables.version, tables._step)
+    return (
+        *state,
+        tables.fences.num_open,
+        shared,
+        list(tables._free_rows),
+        tables.version,
+        tables._step,
+    )
