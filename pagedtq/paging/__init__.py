@@ -11,6 +11,7 @@ from .prefix_index import PrefixIndex, PrefixObserver
 from .sequence_image import SequenceImage, check_image
 from .shared_prefixes import SharingOptions
 from .step_plan import SequenceState, StepPlan
+from .swap_plan import SwapPlan
 from .table_views import PageIndices, Reads
 from .window_pool import WindowPool
 
@@ -33,6 +34,7 @@ __all__ = [
     "SequenceState",
     "SharingOptions",
     "StepPlan",
+    "SwapPlan",
     "WindowPool",
     "check_image",
 ]

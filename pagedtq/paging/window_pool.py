@@ -108,6 +108,16 @@ class WindowPool(CountedPool):
         records[:given] = self.acquire_records(array[:given])
         return records
 
+    def num_records_available(self, kept: Integers) -> int:
+        """Return how many pages `acquire_available_records` can serve.
+
+        The records that rest on pages in ``kept`` do not count.
+        """
+        if self._fenced or not self._resting:
+            return self._records.num_free
+        staying = sum(page in self._resting for page in set(self._pages(kept).tolist()))
+        return self._records.num_free + len(self._resting) - staying
+
     def rest_records(self, pages: Int32) -> None:
         """Let the records of pages that have no owner any more rest; some may have none."""
         for page in pages[self._record_of[pages] >= 0].tolist():
