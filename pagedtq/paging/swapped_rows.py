@@ -73,10 +73,20 @@ class SwappedRows(Steps):
         self._swaps[id(plan)] = plan
         return plan
 
-    def _end(self, plan: SwapPlan, operation: str) -> None:
-        self._refuse_open_step(operation)
+    def check_swap(self, plan: SwapPlan, operation: str) -> None:
+        """Refuse a plan that is not under way in these tables.
+
+        Raises
+        ------
+        StepError
+            Naming the operation that was to be done.
+        """
         if self._swaps.get(id(plan), self) is not plan:
             raise StepError(f"cannot {operation} this plan: it is not under way here")
+
+    def _end(self, plan: SwapPlan, operation: str) -> None:
+        self._refuse_open_step(operation)
+        self.check_swap(plan, operation)
         del self._swaps[id(plan)]
         self.version += 1
 
