@@ -72,6 +72,10 @@ class EvictedError(ArgumentError):
     """The operation needs positions whose pages were evicted."""
 
 
+class SwappedError(ArgumentError):
+    """The operation needs a sequence that is swapped out to the host; swap it in first."""
+
+
 class StepError(PagedTQError, RuntimeError):
     """The call does not fit the state of the open step (or there is none)."""
 
@@ -126,6 +130,13 @@ class OutOfTokens(CapacityError):
 
     unit = "tokens"
     remedy = "make the cache with a larger max_tokens, or with none so that it grows"
+
+
+class OutOfHostPages(CapacityError):
+    """The host tier cannot take the pages of a swap."""
+
+    unit = "host pages"
+    remedy = "swap in or close swapped sequences, preempt by recompute, or raise num_host_pages"
 
 
 class WorkloadError(ArgumentError):

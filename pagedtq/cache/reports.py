@@ -7,6 +7,7 @@ import msgspec
 from ..config import DTYPE_BYTES, CacheConfig
 from ..paging.layout import PageLayout
 from ..paging.page_tables import PageTables
+from .host_tier import HostTier
 
 #: Version of `MemoryReport`: 2 names slack, padding, metadata and what is held.
 REPORT_SCHEMA = 2
@@ -24,7 +25,8 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     ``pages_cached`` of the free pages hold a block that a new sequence can begin with.
     ``resident_tokens`` are positions whose page is held, per sequence (shared pages count for
     each); ``logical_tokens`` include evicted ones. ``page_utilisation`` is resident tokens over
-    the token capacity of the pages the sequences hold, again per sequence.
+    the token capacity of the pages the sequences hold, again per sequence. ``pages_parked`` wait
+    for a fence; ``num_swapped`` of the sequences are on the host.
     """
 
     num_pages: int
@@ -38,6 +40,10 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     logical_tokens: int
     resident_tokens: int
     page_utilisation: float
+    pages_parked: int = 0
+    num_swapped: int = 0
+    host_pages: int = 0
+    host_pages_used: int = 0
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +86,9 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
         ``fp16_bytes`` over ``held_bytes``; 0.0 when nothing is held.
     warnings : list of str
         What must be known to quote these figures.
+    host_bytes, host_used_bytes : int
+        The host tier: allocated, and held by sequences that are swapped out. No part of the ratio,
+        as the resident tokens are none of theirs.
     """
 
     schema: int = REPORT_SCHEMA
@@ -104,6 +113,8 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     shadow_used_bytes: int = 0
     held_bytes: int
     compression_vs_fp16: float
+    host_bytes: int = 0
+    host_used_bytes: int = 0
     warnings: list[str] = []
 
     def with_shadows(self, shadows: MemoryReport) -> MemoryReport:
@@ -124,7 +135,7 @@ def cache_stats(tables: PageTables) -> CacheStats:
     pool, windows = tables.pool, tables.windows
     held = tables.num_resident_blocks * tables.page_size
     return CacheStats(
-        num_pages=pool.num_used + pool.num_free + 1,
+        num_pages=pool.num_pages,
         pages_used=pool.num_used,
         pages_free=pool.num_free,
         pages_shared=pool.num_shared,
@@ -135,11 +146,15 @@ def cache_stats(tables: PageTables) -> CacheStats:
         logical_tokens=tables.logical_tokens,
         resident_tokens=tables.resident_tokens,
         page_utilisation=tables.resident_tokens / held if held else 0.0,
+        pages_parked=pool.num_parked,
+        num_swapped=tables.num_swapped,
+        host_pages=tables.host.num_pages,
+        host_pages_used=tables.host.num_used,
     )
 
 
 def memory_report(
-    config: CacheConfig, layout: PageLayout, tables: PageTables, codec_bytes: int
+    config: CacheConfig, layout: PageLayout, tables: PageTables, host: HostTier, codec_bytes: int
 ) -> MemoryReport:
     """Account for the bytes of a cache."""
     heads, dim, layers = config.num_kv_heads, config.head_dim, config.num_layers
@@ -172,4 +187,6 @@ def memory_report(
         fp32_bytes=fp32,
         held_bytes=held,
         compression_vs_fp16=fp32 / 2 / held if held else 0.0,
+        host_bytes=host.nbytes,
+        host_used_bytes=host.used_bytes,
     )

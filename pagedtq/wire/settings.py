@@ -19,7 +19,7 @@ from ..errors import (
     WireMismatch,
     WireVersion,
 )
-from .snapshot import AnyPath, write_atomically
+from .atomic import AnyPath, write_atomically
 
 #: Version of the file.
 SETTINGS_VERSION = 1
