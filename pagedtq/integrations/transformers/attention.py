@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -52,6 +54,10 @@ class PageReader:
         """Attend; arguments and result as `paged_attention_forward`."""
         arrival = self._batch.open_arrival
         places = arrival.places
+        plain = softcap is None and s_aux is None and self._window_left is None
+        if plain and self._batch.length == 0 and self._batch.own_tokens == "exact":
+            result = _prompt_attention(query, key, value, scaling, arrival.pads)
+            return severed(result, query, key, value)
         out = self._batch.attend(
             self._layer,
             by_token(query.float(), places),
@@ -63,6 +69,28 @@ class PageReader:
         )
         result = from_tokens(out, (arrival.rows, arrival.num_tokens), places, query)
         return severed(result, query, key, value)
+
+
+def _prompt_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    pads: npt.NDArray[np.int64],
+) -> torch.Tensor:
+    """Attend among the tokens of a first call, before there is anything to read from pages."""
+    group = query.shape[1] // key.shape[1]
+    out = query.new_zeros(query.shape)
+    for row, pad in enumerate(pads.tolist()):
+        if pad < query.shape[2]:
+            keys, values = (
+                states[row : row + 1, :, pad:].repeat_interleave(group, dim=1)
+                for states in (key, value)
+            )
+            out[row, :, pad:] = torch.nn.functional.scaled_dot_product_attention(
+                query[row : row + 1, :, pad:], keys, values, is_causal=True, scale=scaling
+            )[0]
+    return out.transpose(1, 2).contiguous()
 
 
 def own_tokens(
