@@ -20,6 +20,8 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 
+# Extras that the docs are built without; the same pages come out where they are installed.
+autodoc_mock_imports = ["torch", "transformers"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"

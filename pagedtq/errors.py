@@ -121,6 +121,13 @@ class OutOfWindowSlots(CapacityError):
     remedy = "close sequences or raise num_window_slots"
 
 
+class OutOfTokens(CapacityError):
+    """A sequence would become longer than it was said to be."""
+
+    unit = "tokens"
+    remedy = "make the cache with a larger max_tokens, or with none so that it grows"
+
+
 class WorkloadError(ArgumentError):
     """A trace file holds a malformed row.
 

@@ -154,7 +154,14 @@ class CacheReads:
         """Reduce `score`'s result to a maximum and a softmax mass per page."""
         return page_stats(scores, self.config.page_size)
 
-    def load(self, layer: int, seq_id: int, exact: bool = True) -> tuple[Array, Array, Array]:
+    def load(
+        self,
+        layer: int,
+        seq_id: int,
+        exact: bool = True,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> tuple[Array, Array, Array]:
         """Return what `attend` would read of a sequence, dense.
 
         Parameters
@@ -165,6 +172,8 @@ class CacheReads:
             The sequence.
         exact : bool
             Sinks and ring from the exact window; False decodes every position from its page.
+        start, stop : int
+            Only positions in ``[start, stop)``; all by default.
 
         Returns
         -------
@@ -175,22 +184,24 @@ class CacheReads:
         Raises
         ------
         ArgumentError
-            ``exact=False`` although positions at the end have no codes yet.
+            ``exact=False`` although positions at the end have no codes yet, or a range that is not
+            within the sequence.
         """
         ids = self._readable(layer, seq_id)
         state = self.tables.state(seq_id)
         overlay = self.config.has_overlay(layer)
-        if overlay and not exact and state.coded < state.length:
+        stop = state.length if stop is None else integer("stop", stop, 0, state.length)
+        start = integer("start", start, 0, stop)
+        if overlay and not exact and state.coded < stop:
             raise ArgumentError(
-                f"positions [{state.coded}, {state.length}) are in the exact window only; "
-                f"use exact=True"
+                f"positions [{state.coded}, {stop}) are in the exact window only; use exact=True"
             )
         reads = self.tables.reads(ids, overlay and exact)
-        positions = np.arange(state.length)
+        positions = np.arange(start, stop)
         kept = (positions < reads.keep[0]) | (positions >= reads.start[0])
         slots = self.tables.slots_of(seq_id, positions)
-        positions = positions[kept & (slots >= 0)]
-        slots = slots[positions]
+        resident = kept & (slots >= 0)
+        positions, slots = positions[resident], slots[resident]
         body = (positions >= reads.first[0]) & (positions < reads.stop[0])
         keys, values = self.backend.load(layer, slots[body])
         if not (overlay and exact):

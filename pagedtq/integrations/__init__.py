@@ -1,0 +1,1 @@
+"""Adapters for model libraries; each is an extra of its own and imported by name."""
