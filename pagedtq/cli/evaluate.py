@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ArgumentError, UnsupportedError
 from ..figures import require_plots
 from ..sim.table import format_table
+from ..wire.settings import CacheSettings, save_settings
 from .arguments import Commands, add_command, operating_system_errors, positive_int
 from .progress import progress
 
@@ -58,7 +59,7 @@ def add_parser(commands: Commands) -> None:
         "--window", type=int, default=0, metavar="N", help="exact window of the recommendation"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the rotations")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the recommended config")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the recommended setting")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw figures")
 
 
@@ -68,15 +69,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise ArgumentError("--save writes the recommended setting, which needs --budget")
     if arguments.plots:
         require_plots()
-    report = _evaluate(arguments)
+    report, settings = _evaluate(arguments)
     written = []
     if arguments.plots:
         from ..fidelity.plots import draw_plots
 
         written += draw_plots(report, arguments.plots)
-    if arguments.save and report.recommendation is not None:
+    if settings is not None and arguments.save:
         with operating_system_errors():
-            arguments.save.write_bytes(report.recommendation.config.to_json())
+            save_settings(settings, arguments.save)
         written.append(arguments.save)
     if arguments.json:
         sys.stdout.write(report.to_json().decode() + "\n")
@@ -87,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> Evaluation:
+def _evaluate(arguments: argparse.Namespace) -> tuple[Evaluation, CacheSettings | None]:
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
+from ..codec.key_means import MIN_TOKENS, KeyMeanAccumulator
 from ..errors import ArgumentError, UnsupportedError
+from ..integrations.transformers import model_digest
 from ..models import ModelShape
+from ..wire.settings import CacheSettings
 from .attention import Reading, reading
 from .formats import Array, CacheFormat, KVFormat, Uncompressed
 from .measures import Fidelity, Reference
@@ -127,7 +129,7 @@ def evaluate(
     widths: Sequence[int] = WIDTHS,
     seed: int = 0,
     begin: Begin | None = None,
-) -> Evaluation:
+) -> tuple[Evaluation, CacheSettings | None]:
     """Measure settings on a model and a text.
 
     Parameters
@@ -155,6 +157,12 @@ def evaluate(
         Of the rotations.
     begin : callable, optional
         Told how many forward passes there will be; what it returns is called after each.
+
+    Returns
+    -------
+    Evaluation
+    CacheSettings or None
+        The recommended setting with its key means, for this model; None without a budget.
 
     Raises
     ------
@@ -193,11 +201,17 @@ def evaluate(
             seed=seed,
         )
     reference = Reference(model, scored)
-    recommended = None
+    recommended, saved = None, None
     if recommendation is not None:
         best = CacheFormat("recommended", recommendation.config, key_means)
         recommended = reference.measure(best, exact, advance)
-    return Evaluation(
+        saved = CacheSettings(
+            config=recommendation.config,
+            key_means=key_means,
+            model_digest=model_digest(model),
+            num_tokens=plan.calibration_tokens,
+        )
+    report = Evaluation(
         schema=1,
         model=name,
         shape=shape,
@@ -210,9 +224,12 @@ def evaluate(
         recommendation=recommendation,
         recommended=recommended,
     )
+    return report, saved
 
 
-def probe(model: Any, ids: Array, name: str = "model") -> tuple[ModelShape, Array]:
+def probe(
+    model: Any, ids: Array, name: str = "model", min_tokens: int = MIN_TOKENS
+) -> tuple[ModelShape, Array]:
     """Run some tokens through a model and return its shape and the means of its keys.
 
     Parameters
@@ -223,6 +240,8 @@ def probe(model: Any, ids: Array, name: str = "model") -> tuple[ModelShape, Arra
         Calibration tokens.
     name : str
         Goes into the shape.
+    min_tokens : int
+        Fewest tokens that are enough for key means.
 
     Returns
     -------
@@ -234,12 +253,14 @@ def probe(model: Any, ids: Array, name: str = "model") -> tuple[ModelShape, Arra
     ------
     UnsupportedError
         If some layer's attention is not taken from transformers' interface.
+    ArgumentError
+        If the tokens are too few, or the keys of a head all the same.
     """
-    means: dict[int, Array] = {}
+    seen: dict[int, Array] = {}
     heads: dict[int, tuple[int, int, int]] = {}
 
     def observe(layer: int, queries: Any, keys: Any, values: Any, out: Any, wanted: Any) -> None:
-        means[layer] = keys.double().mean(dim=1).numpy().astype(np.float32)
+        seen[layer] = keys.transpose(0, 1).contiguous().numpy()
         heads[layer] = len(queries), len(keys), keys.shape[-1]
 
     with torch.no_grad(), reading(model, Reading({}, observe=observe)):
@@ -261,4 +282,7 @@ def probe(model: Any, ids: Array, name: str = "model") -> tuple[ModelShape, Arra
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         bytes_per_weight=next(model.parameters()).element_size(),
     )
-    return shape, np.stack([means[layer] for layer in range(num_layers)])
+    sums = KeyMeanAccumulator(num_layers, kv_heads, dim)
+    for layer, keys in seen.items():
+        sums.add(layer, keys)
+    return shape, sums.means(min_tokens)

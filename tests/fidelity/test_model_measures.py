@@ -4,9 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+import torch
 
 from pagedtq import preset
 from pagedtq.errors import ArgumentError, UnsupportedError
@@ -97,7 +95,7 @@ def test_windows_must_be_a_rectangle_of_some_tokens(model: Any) -> None:
 
 
 def test_a_probe_finds_shape_and_key_means(model: Any) -> None:
-    shape, means = probe(model, IDS[:64])
+    shape, means = probe(model, IDS[:150])
     assert (shape.num_layers, shape.num_kv_heads, shape.num_q_heads, shape.head_dim) == (
         2,
         2,
@@ -108,7 +106,7 @@ def test_a_probe_finds_shape_and_key_means(model: Any) -> None:
 
     cache = DynamicCache()
     with torch.no_grad():
-        model(torch.from_numpy(IDS[:64][None]), past_key_values=cache)
+        model(torch.from_numpy(IDS[:150][None]), past_key_values=cache)
     for layer in range(2):
         wanted = cache.layers[layer].keys[0].mean(dim=1).numpy()
         assert means[layer] == pytest.approx(wanted, abs=1e-5)
@@ -128,7 +126,7 @@ def test_a_model_without_replaceable_attention_is_refused() -> None:
             return self.inner(ids, use_cache=use_cache)
 
     with pytest.raises(UnsupportedError, match="in all 2 layers"):
-        probe(Bare(), IDS[:32])
+        probe(Bare(), IDS[:150])
 
 
 def test_parts_of_a_text_never_overlap_and_a_short_text_is_refused() -> None:
@@ -143,14 +141,14 @@ def test_parts_of_a_text_never_overlap_and_a_short_text_is_refused() -> None:
 
 @pytest.mark.parametrize("build", [llama, mistral])
 def test_an_evaluation_measures_everything_it_was_asked_for(build: Any) -> None:
-    plan = Plan(context=96, calibration_tokens=64, selection_windows=1, windows=2)
+    plan = Plan(context=96, calibration_tokens=128, selection_windows=1, windows=2)
     passes: list[int] = []
 
     def begin(total: int) -> Any:
         passes.append(total)
         return lambda: passes.append(1)
 
-    report = evaluate(
+    report, saved = evaluate(
         build(),
         IDS,
         plan,
@@ -167,6 +165,9 @@ def test_an_evaluation_measures_everything_it_was_asked_for(build: Any) -> None:
     assert report.recommendation.bytes_per_token <= 160.0
     assert {"vllm-4bit_nc", "fp8-e4m3", "int4"} <= {f.name for f in report.peers}
     assert passes[0] == len(passes) - 1
+    assert saved is not None
+    assert saved.config == report.recommendation.config
+    assert saved.key_means is not None
 
 
 def test_boundary_layers_help(model: Any) -> None:

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from pagedtq import CacheConfig, PagedKVCache
+from pagedtq import PagedKVCache
 from pagedtq.cli import main
+from pagedtq.integrations.transformers import PagedTQCache
+from pagedtq.wire.settings import load_settings
 from tests.fidelity.tiny_models import byte_tokenizer, llama
 
-SMALL = ["--context", "64", "--windows", "1", "--calibration-tokens", "32"]
+SMALL = ["--context", "64", "--windows", "1", "--calibration-tokens", "128"]
 SMALL += ["--selection-windows", "1"]
 
 
@@ -38,10 +39,15 @@ def test_it_recommends_a_setting_that_a_cache_can_be_made_of(
     assert evaluate(folder, "--budget", "40", "--save", str(saved), "--no-peers", "--json") == 0
     report = json.loads(capsys.readouterr().out)
     assert report["recommendation"]["bytes_per_token"] <= 40 * 2 * 2
-    config = CacheConfig.from_json(saved.read_bytes())
+    settings = load_settings(saved)
+    config = settings.config
     bits = [keys.bits for keys, _ in map(config.layer_codecs, range(2))]  # type: ignore[union-attr]
     assert bits == report["recommendation"]["key_bits"]
-    PagedKVCache(config).check_integrity()
+    PagedKVCache(config, key_means=settings.key_means).check_integrity()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    cache = PagedTQCache.from_model(model, settings)
+    model(torch.arange(20)[None], past_key_values=cache)
+    assert cache.get_seq_length() == 20
 
 
 def test_the_table_has_a_line_per_setting_and_peer(folder: Path, capsys: Any) -> None:

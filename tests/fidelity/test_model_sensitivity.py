@@ -4,9 +4,6 @@ from itertools import product
 
 import pytest
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
 from pagedtq import CacheConfig
 from pagedtq.errors import ArgumentError
 from pagedtq.fidelity.formats import CacheFormat

@@ -4,9 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+import torch
 
 from pagedtq import PagedKVCache, preset
 from pagedtq.fidelity.attention import Reading, Streams, attend, reading
