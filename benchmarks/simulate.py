@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.report import arguments, publish
 from pagedtq.models import MODELS
-from pagedtq.sim.batch import BatchingOptions
+from pagedtq.serving import SchedulerOptions
 from pagedtq.sim.comparison import DEFAULT_FORMATS
 from pagedtq.sim.cost_model import CostModel, Hardware
 from pagedtq.sim.generator import azure_conversation
@@ -44,6 +44,7 @@ def measure(
     name: str,
     repeats: int,
     capacity: Capacity | None = None,
+    fast_forward: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     storage = Format.parse(name)
@@ -59,7 +60,8 @@ def measure(
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
-        simulator = Simulator(workload, config, capacity, cost, BatchingOptions(**options))
+        chosen = SchedulerOptions(**options)
+        simulator = Simulator(workload, config, capacity, cost, chosen, fast_forward=fast_forward)
         outcome = simulator.run()
         best = min(best, time.perf_counter() - start)
     log = outcome.log

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from ..errors import UnsupportedError
-from ..sim.batch import BatchingOptions
+from ..serving.generation import SchedulerOptions
 from ..sim.comparison import DEFAULT_FORMATS, simulate_formats
 from ..sim.cost_model import Hardware
 from ..sim.generator import azure_conversation
@@ -57,7 +57,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_memory_options(parser.add_argument_group("memory"), ",".join(DEFAULT_FORMATS))
     batch = parser.add_argument_group("batching")
-    options = BatchingOptions()
+    options = SchedulerOptions()
     batch.add_argument(
         "--step-tokens", type=int, default=options.step_tokens, help="tokens processed in a step"
     )
@@ -151,8 +151,8 @@ def _workload(arguments: argparse.Namespace) -> Workload:
     return workload if rate is None else workload.at_rate(rate)
 
 
-def _options(arguments: argparse.Namespace) -> BatchingOptions:
-    return BatchingOptions(
+def _options(arguments: argparse.Namespace) -> SchedulerOptions:
+    return SchedulerOptions(
         step_tokens=arguments.step_tokens,
         max_running=arguments.max_running,
         watermark=arguments.watermark,

@@ -81,9 +81,7 @@ class PageTables(Adoption, OneRow):
         if isinstance(token_ids, BlockChain):
             chain: BlockChain | None = token_ids.copy()
         else:
-            chain = self.prepare(
-                token_ids, salt=salt, extra_keys=extra_keys, block_keys=block_keys
-            )
+            chain = self.prepare(token_ids, salt=salt, extra_keys=extra_keys, block_keys=block_keys)
         pages = [] if chain is None else self.find_pages(chain)
         ids, rows = self._new_rows(1)
         self._adopt(int(rows[0]), chain, pages)

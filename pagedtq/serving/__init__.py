@@ -1,8 +1,18 @@
-"""What a serving engine's scheduler talks to: a block manager, its requests and its events."""
+"""What a serving engine's scheduler talks to, and a scheduler of our own."""
 
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog, KVEventBatch
+from .generation import (
+    Completion,
+    FinishedRequest,
+    GenerationRequest,
+    ScheduledStep,
+    SchedulerOptions,
+    SchedulerStats,
+    StepOutput,
+)
 from .manager import BlockManager, PrefixCacheStats
 from .request import Blocks, Request, ServedRequest
+from .scheduler import Scheduler
 
 __all__ = [
     "AllBlocksCleared",
@@ -10,9 +20,17 @@ __all__ = [
     "BlockRemoved",
     "BlockStored",
     "Blocks",
+    "Completion",
     "EventLog",
+    "FinishedRequest",
+    "GenerationRequest",
     "KVEventBatch",
     "PrefixCacheStats",
     "Request",
+    "ScheduledStep",
+    "Scheduler",
+    "SchedulerOptions",
+    "SchedulerStats",
     "ServedRequest",
+    "StepOutput",
 ]
