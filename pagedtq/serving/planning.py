@@ -4,9 +4,8 @@ Rules, each applied to sequences in the order of their *places* (priority, then 
 
 * every decoding sequence stores its next token; if pages are short, the hindmost sequence gives
   back everything and waits to be computed again, until the rest fits;
-* a step that preempted admits nobody and computes no prompt;
-* otherwise what is left of the step's tokens goes to prompts, one after the other: those that were
-  begun, then the head of the queue, if it fits. Nothing overtakes it;
+* what is left of the step's tokens goes to prompts, one after the other: those that were begun,
+  then the head of the queue, if it fits. Nothing overtakes it. A step that preempted admits nobody;
 * a prompt that is stuck for want of a page takes the place of sequences behind it.
 
 So the foremost sequence always advances: nothing starves and nothing waits for itself.
@@ -188,15 +187,15 @@ class Planning:
 
     # -- admission and prompts ---------------------------------------------------------------
 
-    def _plan_chunks(self) -> list[tuple[Prefill, int]]:
-        """Choose chunks for what decoding leaves of the step's tokens and pages, admitting."""
+    def _plan_chunks(self, admit: bool) -> list[tuple[Prefill, int]]:
+        """Choose chunks for what decoding leaves of the step's tokens and pages."""
         size, prefills = self._size, self._prefills
         free = self.tables.pool.num_free - (self._next_pages() if self._batch.size else 0)
         tokens = self.options.step_tokens - self._batch.size
         chunks: list[tuple[Prefill, int]] = []
         while tokens > 0:
             if len(chunks) == len(prefills):
-                taken = self._admit(tokens, free)
+                taken = self._admit(tokens, free) if admit else None
                 if taken is None:
                     break
                 free -= taken

@@ -133,7 +133,7 @@ class Scheduler(Continuation):
         if self._open is not None:
             raise StepError("schedule must wait: a step is open, update or abort it first")
         preempted = self._make_room()
-        chunks = [] if preempted else self._plan_chunks()
+        chunks = self._plan_chunks(admit=not preempted)
         batch = self._batch
         if not batch.size and not chunks:
             return None
