@@ -105,7 +105,10 @@ class Continuation(Intake):
         if not self._stop_tokens.size:
             return []
         batch, stopped = self._batch, []
-        for at in np.flatnonzero(np.isin(batch.last[begin:], self._stop_tokens)).tolist():
+        last, stops = batch.last[begin:], self._stop_tokens
+        # One stop token is the common case, and `isin` costs several comparisons.
+        hits = last == stops[0] if stops.size == 1 else np.isin(last, stops)
+        for at in np.flatnonzero(hits).tolist():
             request = self._jobs[int(batch.number[begin + at])].request
             enough = int(batch.generated[begin + at]) >= request.min_tokens
             if enough and int(batch.last[begin + at]) in request.stop_token_ids:

@@ -23,7 +23,8 @@ DEFAULT_FORMATS = ("fp16", "fp8", "k4v4", "k4v4-w0", "k3v3", "k2v2")
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object] | None]]
 
 
-def _silent(label: str, total: int) -> AbstractContextManager[None]:
+def silent(label: str, total: int) -> AbstractContextManager[None]:
+    """Show no progress."""
     return nullcontext()
 
 
@@ -37,7 +38,7 @@ def simulate_format(
     hardware: Hardware | None = None,
     options: SchedulerOptions | None = None,
     fast_forward: bool = True,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> FormatReport:
     """Serve a workload in one storage format.
 
@@ -71,7 +72,7 @@ def simulate_formats(
     hardware: Hardware | None = None,
     options: SchedulerOptions | None = None,
     fast_forward: bool = True,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> SimulationReport:
     """Serve a workload in several storage formats at the same memory budget.
 

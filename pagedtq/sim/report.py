@@ -232,10 +232,20 @@ def write_report(report: SimulationReport, folder: str | Path) -> Path:
     ArgumentError
         If it cannot be written.
     """
-    path = Path(folder) / "report.json"
+    return write_json(report.to_json(), Path(folder) / "report.json")
+
+
+def write_json(text: bytes, path: Path) -> Path:
+    """Write a report to a path whose folder is made; return the path.
+
+    Raises
+    ------
+    ArgumentError
+        If it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(report.to_json() + b"\n")
+        path.write_bytes(text + b"\n")
     except OSError as error:
         raise ArgumentError(f"cannot write {path}: {error.strerror or error}") from error
     return path
