@@ -190,6 +190,8 @@ class Planning:
     def _plan_chunks(self, admit: bool) -> list[tuple[Prefill, int]]:
         """Choose chunks for what decoding leaves of the step's tokens and pages."""
         size, prefills = self._size, self._prefills
+        if not prefills and not (admit and self._waiting):
+            return []
         free = self.tables.pool.num_free - (self._next_pages() if self._batch.size else 0)
         tokens = self.options.step_tokens - self._batch.size
         chunks: list[tuple[Prefill, int]] = []
