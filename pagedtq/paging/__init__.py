@@ -3,6 +3,7 @@
 from .adoption import AdoptionPlan, ExtractedSequences
 from .block_keys import BlockHasher
 from .eviction import EvictionPlan, KeepFirstLast
+from .fences import Event, Fences
 from .layout import PageLayout
 from .page_pool import PagePool
 from .page_tables import PageTables
@@ -10,14 +11,17 @@ from .prefix_index import PrefixIndex, PrefixObserver
 from .sequence_image import SequenceImage, check_image
 from .shared_prefixes import SharingOptions
 from .step_plan import SequenceState, StepPlan
+from .swap_plan import SwapPlan
 from .table_views import PageIndices, Reads
 from .window_pool import WindowPool
 
 __all__ = [
     "AdoptionPlan",
     "BlockHasher",
+    "Event",
     "EvictionPlan",
     "ExtractedSequences",
+    "Fences",
     "KeepFirstLast",
     "PageIndices",
     "PageLayout",
@@ -30,6 +34,7 @@ __all__ = [
     "SequenceState",
     "SharingOptions",
     "StepPlan",
+    "SwapPlan",
     "WindowPool",
     "check_image",
 ]

@@ -54,7 +54,7 @@ class Steps(PublishedBlocks):
             If the step as a whole does not fit.
         """
         self._refuse_open_step("reserve")
-        rows = self._distinct_rows(seq_ids)
+        rows = self._resident_rows(seq_ids, "append to")
         # A copy: the plan must not change with the caller's array.
         num_new = token_counts("num_new_tokens", num_new_tokens, rows.size).copy()
         size = self.page_size
@@ -77,7 +77,7 @@ class Steps(PublishedBlocks):
             self._grow_width(int(blocks_after.max()))
         # Nothing fails from here on.
         self.version += 1
-        pages = self.pool.acquire(need)
+        pages = self._take_pages(need)
         cow = copies = sink_copies = NO_COPIES
         fresh_pages = new_pages = pages
         if leaving.size:
@@ -92,10 +92,8 @@ class Steps(PublishedBlocks):
             coded = old.coded[leaving] > at[1] * size
             copies = PageCopies(cow.src[coded], cow.dst[coded])
             new_pages = np.delete(pages, places[coded])
-        if tokens is not None:
-            self._forget(pages)
-            if leaving.size:
-                self._page_tokens[cow.dst] = self._page_tokens[cow.src]
+        if tokens is not None and leaving.size:
+            self._page_tokens[cow.dst] = self._page_tokens[cow.src]
         lost = NO_MEMBERS
         if leaving.size and self.num_sinks:
             lost, sink_copies = self._copy_sinks(cow, leaving, at[1] == 0, old.num_sinks)
@@ -106,6 +104,8 @@ class Steps(PublishedBlocks):
         if lost.size:
             new = new._replace(num_sinks=new.num_sinks.copy())
             new.num_sinks[lost] = 0
+        if self._twins.count:
+            self._part_written(rows, old.length, num_new)
         if tokens is not None:
             self._note_writes(rows, old.length, num_new, tokens)
         window_copies = self._take_slots(rows, old, slot_members, slot_copies)
@@ -137,7 +137,7 @@ class Steps(PublishedBlocks):
         UnknownSequence, ArgumentError, ArgumentTypeError
             For bad ids or counts.
         """
-        rows = self._distinct_rows(seq_ids)
+        rows = self._resident_rows(seq_ids, "append to")
         num_new = token_counts("num_new_tokens", num_new_tokens, rows.size)
         length, size = self._length.take(rows), self.page_size
         fresh = (length + num_new + (size - 1)) // size - (length + (size - 1)) // size

@@ -11,6 +11,7 @@ from .generation import (
     StepOutput,
 )
 from .manager import BlockManager, PrefixCacheStats
+from .preemption import PreemptionCosts, choose_preemption
 from .request import Blocks, Request, ServedRequest
 from .scheduler import Scheduler
 
@@ -25,6 +26,7 @@ __all__ = [
     "FinishedRequest",
     "GenerationRequest",
     "KVEventBatch",
+    "PreemptionCosts",
     "PrefixCacheStats",
     "Request",
     "ScheduledStep",
@@ -33,4 +35,5 @@ __all__ = [
     "SchedulerStats",
     "ServedRequest",
     "StepOutput",
+    "choose_preemption",
 ]
