@@ -10,6 +10,7 @@ import msgspec
 from ..errors import ConfigError, RequestError
 from ..paging.arguments import MAX_TOKENS, Int32, Int64, integer
 from ..paging.step_plan import StepPlan
+from ..paging.swap_plan import SwapPlan
 
 #: Why a completion ended: all its tokens, a stop token, or `Scheduler.abort`.
 Reason: TypeAlias = Literal["length", "stop", "abort"]
@@ -34,6 +35,9 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     policy : {"fcfs", "priority"}
         Whom admission serves first and preemption spares longest: who came first, or who has the
         lowest ``priority``, then who came first. Nothing overtakes the head of the queue.
+    preemption : {"recompute", "swap", "auto"}
+        What becomes of a sequence that must give way: it is computed again, or moves to the host
+        while that has room, or whichever costs less (`choose_preemption`).
     """
 
     step_tokens: int = 2048
@@ -41,6 +45,7 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     watermark: float = 0.01
     admission: Literal["prompt", "chunk", "whole"] = "prompt"
     policy: Literal["fcfs", "priority"] = "fcfs"
+    preemption: Literal["recompute", "swap", "auto"] = "recompute"
 
     def __post_init__(self) -> None:
         for field in ("step_tokens", "max_running"):
@@ -51,6 +56,7 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
         for field, known in (
             ("admission", ("prompt", "chunk", "whole")),
             ("policy", ("fcfs", "priority")),
+            ("preemption", ("recompute", "swap", "auto")),
         ):
             if getattr(self, field) not in known:
                 raise ConfigError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
@@ -211,6 +217,9 @@ class ScheduledStep(msgspec.Struct, frozen=True, gc=False):
         Requests that lost the pages of a sequence to make this step possible.
     num_steps : int
         Decode steps taken as one; 1 unless asked for more.
+    swaps : list of SwapPlan
+        Copies between device and host to make before anything is computed, in this order. Empty
+        for a cache, which makes them itself.
     """
 
     plan: StepPlan
@@ -220,6 +229,7 @@ class ScheduledStep(msgspec.Struct, frozen=True, gc=False):
     token_ids: Int32 | None
     preempted: list[str]
     num_steps: int = 1
+    swaps: Sequence[SwapPlan] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -253,12 +263,15 @@ class SchedulerStats(msgspec.Struct):
         Their tokens, and how many of these were found in pages at first admission.
     preempted : int
         Sequences preempted.
+    swapped : int
+        Those of them that went to the host.
     """
 
     admitted: int = 0
     prompt_tokens: int = 0
     found_tokens: int = 0
     preempted: int = 0
+    swapped: int = 0
 
     @property
     def hit_rate(self) -> float:

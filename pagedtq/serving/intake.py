@@ -17,6 +17,7 @@ from ..paging.arguments import MAX_TOKENS, Int32
 from ..paging.block_keys import token_array
 from ..paging.page_tables import PageTables
 from .generation import (
+    Completion,
     FinishedRequest,
     GenerationRequest,
     ScheduledStep,
@@ -25,6 +26,8 @@ from .generation import (
 )
 from .jobs import Entry, Job
 from .planning import Planning
+from .preemption import PreemptionCosts
+from .running_batch import FIELDS
 
 if TYPE_CHECKING:
     from ..cache import PagedKVCache
@@ -41,8 +44,12 @@ class Intake(Planning):
         options: SchedulerOptions | None = None,
         *,
         track_tokens: bool = True,
+        costs: PreemptionCosts | None = None,
+        page_bytes: int | None = None,
     ) -> None:
-        super().__init__(cache, options, track_tokens=track_tokens)
+        super().__init__(
+            cache, options, track_tokens=track_tokens, costs=costs, page_bytes=page_bytes
+        )
         self._open: ScheduledStep | None = None
         self._num_added = 0
         self._aborting: list[str] = []
@@ -149,8 +156,26 @@ class Intake(Planning):
         for prefill in [p for p in self._prefills if p.entry.job is job]:
             self._prefills.remove(prefill)
             self._cache.close([prefill.seq_id])
-        self._waiting.remove(job)
+            self._drop_entry(prefill.entry)
+        for entry in self._waiting.remove(job):
+            self._drop_entry(entry)
         return self._leave(job)
+
+    def _drop_entry(self, entry: Entry) -> None:
+        """Note what a sequence that was preempted had generated, and give back what it holds."""
+        if entry.parked is not None:
+            batch_fields = dict(zip(FIELDS, entry.parked.fields, strict=True))
+            for track, generated, row in zip(
+                *(batch_fields[name].tolist() for name in ("track", "generated", "token_rows")),
+                strict=True,
+            ):
+                self._note_completion(entry.job, track, generated, row, "abort")
+            self._cache.close(batch_fields["seqs"])
+            if self._track_tokens:
+                self._token_rows.give_back(batch_fields["token_rows"])
+        elif entry.generated:
+            done = Completion(entry.track, entry.generated, entry.outputs, "abort")
+            entry.job.completions.append(done)
 
     def _leave(self, job: Job) -> FinishedRequest:
         del self._jobs[job.number], self._numbers[job.request.request_id]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+from typing import NamedTuple
 
-from ..paging.arguments import Int32
+from ..paging.arguments import Int32, Int64
 from ..paging.shared_prefixes import BlockChain
 from .generation import Completion, FinishedRequest, GenerationRequest
 
@@ -82,6 +83,27 @@ class Job:
         )
 
 
+class Parked(NamedTuple):
+    """Sequences on the host that were decoding, and go on as they were.
+
+    Attributes
+    ----------
+    fields : int64[fields, n]
+        Their fields in the `RunningBatch`.
+    last : int32[n]
+        The tokens they sampled last.
+    num_pages : int
+        Pages they had.
+    num_next : int
+        Pages that their next tokens take.
+    """
+
+    fields: Int64
+    last: Int32
+    num_pages: int
+    num_next: int
+
+
 class Entry:
     """Something that waits: a whole request, or one sequence of it that was preempted.
 
@@ -96,9 +118,11 @@ class Entry:
         These tokens, if they are kept.
     chain : BlockChain or None
         What is to be computed, as far as its tokens are known.
+    parked : Parked or None
+        Instead, what is on the host.
     """
 
-    __slots__ = ("chain", "generated", "job", "outputs", "track")
+    __slots__ = ("chain", "generated", "job", "outputs", "parked", "track")
 
     def __init__(
         self,
@@ -107,9 +131,10 @@ class Entry:
         generated: int = 0,
         outputs: Int32 | None = None,
         chain: BlockChain | None = None,
+        parked: Parked | None = None,
     ) -> None:
         self.job, self.track, self.generated = job, track, generated
-        self.outputs, self.chain = outputs, chain
+        self.outputs, self.chain, self.parked = outputs, chain, parked
 
     @property
     def place(self) -> Place:
@@ -118,7 +143,9 @@ class Entry:
 
     @property
     def width(self) -> int:
-        """Sequences that run once it is computed."""
+        """Sequences that run once it is back."""
+        if self.parked is not None:
+            return self.parked.last.size
         return self.job.request.width if self.track < 0 else 1
 
     @property

@@ -3,7 +3,8 @@
 Rules, each applied to sequences in the order of their *places* (priority, then age):
 
 * every decoding sequence stores its next token; if pages are short, the hindmost sequence gives
-  back everything and waits to be computed again, until the rest fits;
+  back everything and waits, until the rest fits. What it has computed goes to the host, or is
+  computed again, whichever costs less;
 * what is left of the step's tokens goes to prompts, one after the other: those that were begun,
   then the head of the queue, if it fits. Nothing overtakes it. A step that preempted admits nobody;
 * a prompt that is stuck for want of a page takes the place of sequences behind it.
@@ -13,179 +14,16 @@ So the foremost sequence always advances: nothing starves and nothing waits for 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from ..errors import ArgumentError
-from ..paging.arguments import Bools
-from ..paging.page_tables import PageTables
-from .generation import Completion, Reason, SchedulerOptions, SchedulerStats
-from .jobs import Entry, Job, Prefill, WaitingQueue
-from .running_batch import RunningBatch, TokenRows
-
-if TYPE_CHECKING:
-    from ..cache import PagedKVCache
+from ..errors import OutOfPages, OutOfWindowSlots
+from .jobs import Entry, Parked, Prefill
+from .preempting import Preempting
+from .running_batch import SEQS
 
 
-class Planning:
-    """State of the scheduler, and the decisions of a step.
-
-    Parameters
-    ----------
-    cache : PageTables or PagedKVCache
-        What gives the pages; a cache also has their bytes written by the engine.
-    options : SchedulerOptions, optional
-        How steps are put together.
-    track_tokens : bool
-        Whether the engine tells which tokens it samples. Without it only lengths are scheduled, as
-        a simulation does: nothing stops early, and generated tokens are not shared.
-
-    Attributes
-    ----------
-    tables : PageTables
-        The page tables.
-    stats : SchedulerStats
-        Counts since the beginning.
-
-    Raises
-    ------
-    ArgumentError
-        If the tables share whole prompts, so that nothing would be left to sample from.
-    """
-
-    def __init__(
-        self,
-        cache: PageTables | PagedKVCache,
-        options: SchedulerOptions | None = None,
-        *,
-        track_tokens: bool = True,
-    ) -> None:
-        self._cache = cache
-        self.tables: PageTables = cache if isinstance(cache, PageTables) else cache.tables
-        if self.tables.sharing is not None and not self.tables.sharing.leave_last:
-            raise ArgumentError(
-                "a scheduler samples from the last token of a prompt, so that it must be computed: "
-                "use SharingOptions(leave_last=True)"
-            )
-        self.options = options or SchedulerOptions()
-        self.stats = SchedulerStats()
-        self._track_tokens = track_tokens
-        self._size = self.tables.page_size
-        self._usable = self.tables.pool.num_pages - 1
-        self._watermark = int(self.options.watermark * self._usable)
-        self._most_running = min(self.options.max_running, self.options.step_tokens)
-        if self.tables.window_tokens:
-            self._most_running = min(self._most_running, self.tables.windows.num_slots)
-        self._waiting = WaitingQueue()
-        self._prefills: list[Prefill] = []
-        self._batch = RunningBatch(self._size)
-        self._token_rows = TokenRows()
-        self._jobs: dict[int, Job] = {}
-        self._numbers: dict[str, int] = {}
-        # Pages that admitted requests may come to hold; kept for admission "whole".
-        self._committed = 0
-        # Whether sequences were forked since the last step: then the next one may copy pages.
-        self._forked = False
-
-    @property
-    def num_running(self) -> int:
-        """Sequences that hold pages, those to be forked from a prompt in prefill included."""
-        return self._batch.size + sum(prefill.entry.width for prefill in self._prefills)
-
-    # -- preemption --------------------------------------------------------------------------
-
-    def _make_room(self) -> list[str]:
-        """Preempt until the rest can advance; return the names of the requests concerned."""
-        preempted = []
-        while self._lacks_room():
-            preempted.append(self._preempt_hindmost())
-        return preempted
-
-    def _next_pages(self) -> int:
-        """Return the pages that decoding sequences take in the next step."""
-        if self._forked:
-            return self.tables.pages_needed(self._batch.seqs, 1)
-        return self._batch.pages_for_next()
-
-    def _lacks_room(self) -> bool:
-        if not self._batch.size:
-            return False
-        spare = self.tables.pool.num_free - self._next_pages()
-        if spare or not self._prefills:
-            return spare < 0
-        first = self._prefills[0]
-        stuck = first.done % self._size == 0
-        return stuck and self._place_of(self._batch.hindmost()) > first.entry.place
-
-    def _place_of(self, at: int) -> tuple[int, int, int]:
-        batch = self._batch
-        return int(batch.priority[at]), int(batch.number[at]), int(batch.track[at])
-
-    def _preempt_hindmost(self) -> str:
-        at = self._batch.hindmost()
-        prefill = max(self._prefills, key=lambda prefill: prefill.entry.place, default=None)
-        if prefill is not None and prefill.entry.place > self._place_of(at):
-            self._prefills.remove(prefill)
-            self._cache.close([prefill.seq_id])
-            job, count = prefill.entry.job, 1
-            self._waiting.push(prefill.entry)
-        else:
-            job = self._jobs[int(self._batch.number[at])]
-            gone = self._rows_of(job) if job.request.beam_width else self._row(at)
-            count = int(np.count_nonzero(gone))
-            self._set_aside(job, gone)
-        job.num_preemptions += count
-        self.stats.preempted += count
-        return job.request.request_id
-
-    def _set_aside(self, job: Job, gone: Bools) -> None:
-        """Take the pages of decoding sequences of a request; they are to be computed again."""
-        batch = self._batch
-        if job.request.beam_width:
-            # Hypotheses that went on from each other are not known by their tokens alone: the
-            # search begins again.
-            job.completions.clear()
-            self._waiting.push(Entry(job, chain=job.chain))
-        else:
-            (at,) = np.flatnonzero(gone).tolist()
-            generated, outputs, chain = int(batch.generated[at]), None, job.chain
-            if self._track_tokens:
-                outputs = self._token_rows.read(int(batch.token_rows[at]), generated)
-                if chain is not None and not chain.opaque:
-                    chain = self.tables.lengthened(chain, outputs)
-            self._waiting.push(Entry(job, int(batch.track[at]), generated, outputs, chain))
-        self._release(gone)
-
-    def _release(self, gone: Bools) -> None:
-        """Close decoding sequences."""
-        batch = self._batch
-        self._cache.close(batch.seqs[gone])
-        if self._track_tokens:
-            self._token_rows.give_back(batch.token_rows[gone])
-        batch.remove(gone)
-
-    def _row(self, at: int) -> Bools:
-        chosen = np.zeros(self._batch.size, np.bool_)
-        chosen[at] = True
-        return chosen
-
-    def _rows_of(self, job: Job) -> Bools:
-        chosen: Bools = self._batch.number == job.number
-        return chosen
-
-    def _complete(self, at: int, reason: Reason) -> Job:
-        """Note that a decoding sequence is done; return its request."""
-        batch = self._batch
-        job = self._jobs[int(batch.number[at])]
-        generated, tokens = int(batch.generated[at]), None
-        if self._track_tokens:
-            tokens = self._token_rows.read(int(batch.token_rows[at]), generated)
-        index = len(job.completions) if job.request.beam_width else int(batch.track[at])
-        job.completions.append(Completion(index, generated, tokens, reason))
-        return job
-
-    # -- admission and prompts ---------------------------------------------------------------
+class Planning(Preempting):
+    """Admission, and the chunks of a step."""
 
     def _plan_chunks(self, admit: bool) -> list[tuple[Prefill, int]]:
         """Choose chunks for what decoding leaves of the step's tokens and pages."""
@@ -197,7 +35,17 @@ class Planning:
         chunks: list[tuple[Prefill, int]] = []
         while tokens > 0:
             if len(chunks) == len(prefills):
-                taken = self._admit(tokens, free) if admit else None
+                entry = self._waiting.head() if admit else None
+                if entry is None:
+                    break
+                if entry.parked is not None:
+                    taken = self._swap_in(entry, entry.parked, tokens, free)
+                    if taken is None:
+                        break
+                    free -= taken
+                    tokens -= entry.width
+                    continue
+                taken = self._admit(entry, tokens, free)
                 if taken is None:
                     break
                 free -= taken
@@ -213,11 +61,8 @@ class Planning:
                 break
         return chunks
 
-    def _admit(self, tokens: int, free: int) -> int | None:
+    def _admit(self, entry: Entry, tokens: int, free: int) -> int | None:
         """Begin the head of the queue if it fits; return how many free pages it found."""
-        entry = self._waiting.head()
-        if entry is None:
-            return None
         running, width, job = self.num_running, entry.width, entry.job
         if running + width > self._most_running:
             return None
@@ -247,3 +92,35 @@ class Planning:
             self.stats.prompt_tokens += job.num_prompt
             self.stats.found_tokens += found
         return revived
+
+    def _swap_in(self, entry: Entry, parked: Parked, tokens: int, free: int) -> int | None:
+        """Bring the head of the queue back from the host if it fits and can decode at once.
+
+        Returns
+        -------
+        int or None
+            Pages that it takes, those of its next tokens included; None if it does not fit.
+        """
+        running, width = self.num_running, entry.width
+        if width > tokens or running + width > self._most_running:
+            return None
+        spare = free - parked.num_next - (self._watermark if running else 0)
+        # Pages that are on the device still need not be taken, but to know that costs a try.
+        if running and parked.num_pages > spare:
+            return None
+        before = self.tables.pool.num_free
+        try:
+            plan = self._cache.begin_swap_in(parked.fields[SEQS])
+        except (OutOfPages, OutOfWindowSlots):
+            # Others hold them.
+            return None
+        taken = before - self.tables.pool.num_free
+        if taken > spare:
+            self._cache.abort_swap(plan)
+            return None
+        self._move(plan)
+        self._waiting.pop()
+        for fields, last in zip(parked.fields.T.tolist(), parked.last.tolist(), strict=True):
+            self._batch.push(tuple(fields), last)
+        self._forked |= width > 1
+        return taken + parked.num_next

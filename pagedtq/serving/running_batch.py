@@ -8,6 +8,7 @@ from ..paging.arguments import Bools, Int32, Int64
 
 #: Whole-number fields of a decoding sequence, in order.
 FIELDS = ("number", "track", "seqs", "length", "left", "generated", "priority", "token_rows")
+SEQS = FIELDS.index("seqs")
 
 
 class TokenRows:
@@ -114,6 +115,12 @@ class RunningBatch:
         self._last[: kept.size] = self._last[kept]
         self.size = kept.size
         self._view()
+
+    def take_out(self, chosen: Bools) -> tuple[Int64, Int32]:
+        """Remove the marked sequences; return their fields and their last tokens."""
+        fields, last = self._fields[:, : self.size][:, chosen], self.last[chosen]
+        self.remove(chosen)
+        return fields, last
 
     def advance(self, steps: int) -> None:
         """Store and sample tokens in every sequence."""

@@ -35,6 +35,7 @@ from .generation import (
     StepOutput,
 )
 from .jobs import Prefill
+from .preemption import PreemptionCosts
 
 if TYPE_CHECKING:
     from ..cache import PagedKVCache
@@ -52,6 +53,10 @@ class Scheduler(Continuation):
     track_tokens : bool
         Whether `update` is given the tokens sampled. Without them only lengths are scheduled, as a
         simulation does: nothing stops early, and generated tokens are not shared.
+    costs : PreemptionCosts, optional
+        What the machine takes to move bytes and to compute tokens, for ``preemption="auto"``.
+    page_bytes : int, optional
+        Bytes of a page, for the same; a cache knows its own.
 
     Attributes
     ----------
@@ -63,7 +68,8 @@ class Scheduler(Continuation):
     Raises
     ------
     ArgumentError
-        If the tables share whole prompts, so that nothing would be left to sample from.
+        If the tables share whole prompts, so that nothing would be left to sample from, or costs
+        are to be compared and not known.
     """
 
     def __init__(
@@ -72,8 +78,12 @@ class Scheduler(Continuation):
         options: SchedulerOptions | None = None,
         *,
         track_tokens: bool = True,
+        costs: PreemptionCosts | None = None,
+        page_bytes: int | None = None,
     ) -> None:
-        super().__init__(cache, options, track_tokens=track_tokens)
+        super().__init__(
+            cache, options, track_tokens=track_tokens, costs=costs, page_bytes=page_bytes
+        )
         self._chunks: list[tuple[Prefill, int]] = []
 
     # -- looking -----------------------------------------------------------------------------
@@ -156,7 +166,8 @@ class Scheduler(Continuation):
         tokens = self._tokens_of(chunks) if self._track_tokens else None
         plan = self._begin(seqs, new, tokens)
         self._chunks = chunks
-        self._open = ScheduledStep(plan, batch.size, told, samples, tokens, preempted, steps)
+        swaps, self._swaps = self._swaps, []
+        self._open = ScheduledStep(plan, batch.size, told, samples, tokens, preempted, steps, swaps)
         return self._open
 
     def _choose(self, choose_steps: Callable[[int], int]) -> int:

@@ -43,7 +43,8 @@ class PagedEngine:
         self.scheduler, self.tables = scheduler, scheduler.tables
         size = self.tables.page_size
         self.pages = np.full((self.tables.pool.num_pages, size), -1, np.int64)
-        self.steps = self.tokens = 0
+        self.host = np.full((self.tables.host.num_pages + 1, size), -1, np.int64)
+        self.steps = self.tokens = self.copied = 0
 
     def run_step(self, step):
         """Compute a step and end it; return its output."""
@@ -53,6 +54,12 @@ class PagedEngine:
         return self.scheduler.update(self.sample(step))
 
     def compute(self, step):
+        for swap in step.swaps:
+            self.copied += swap.pages.size
+            if swap.direction == "out":
+                self.host[swap.host_pages] = self.pages[swap.pages]
+                continue
+            self.pages[swap.pages] = self.host[swap.host_pages]
         plan = step.plan
         self.pages[plan.new_pages] = -1
         self.pages[plan.cow_dst] = self.pages[plan.cow_src]

@@ -96,13 +96,21 @@ def beams(name, prompt, max_tokens, width, **more):
     st.integers(31, 60),
     st.booleans(),
     st.sampled_from([0, 4]),
+    st.sampled_from([0, 12, 200]),
 )
-@settings(max_examples=60)
+@settings(max_examples=80)
 def test_a_search_finds_what_it_finds_on_plain_lists_whatever_the_pool(
-    shapes, num_pages, sharing, window
+    shapes, num_pages, sharing, window, host
 ):
     scheduler = scheduler_of(
-        num_pages, sharing=sharing, window=window, slots=9, step_tokens=16, max_running=9
+        num_pages,
+        sharing=sharing,
+        window=window,
+        slots=9,
+        step_tokens=16,
+        max_running=9,
+        host=host,
+        preemption="swap" if host else "recompute",
     )
     requests = [
         beams(f"r{at}", prompt, count, width, stop_token_ids=stops)

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedtq.paging import PageTables, SharingOptions
-from pagedtq.serving import GenerationRequest, Scheduler, SchedulerOptions
-from tests.serving.paged_engine import PagedEngine, assert_served, serve
+from pagedtq.serving import GenerationRequest, PreemptionCosts, Scheduler, SchedulerOptions
+from tests.serving.paged_engine import PagedEngine, assert_served, expected, serve
 
 SIZE = 4
 
 
-def scheduler_of(num_pages, *, sharing=False, window=0, slots=8, **options):
+def scheduler_of(num_pages, *, sharing=False, window=0, slots=8, host=0, costs=None, **options):
     tables = PageTables(
         SIZE,
         num_pages + 1,
@@ -22,8 +22,10 @@ def scheduler_of(num_pages, *, sharing=False, window=0, slots=8, **options):
         num_sinks=2 if window else 0,
         num_window_slots=slots if window else 0,
         sharing=SharingOptions() if sharing else None,
+        num_host_pages=host,
     )
-    return Scheduler(tables, SchedulerOptions(**({"watermark": 0.0} | options)))
+    chosen = SchedulerOptions(**({"watermark": 0.0} | options))
+    return Scheduler(tables, chosen, costs=costs, page_bytes=1000)
 
 
 def request_of(name, prompt=5, max_tokens=4, **more):
@@ -39,7 +41,7 @@ def assert_drained(scheduler):
     assert not scheduler.has_work
     assert (scheduler.num_running, scheduler.num_waiting) == (0, 0)
     assert (tables.num_sequences, tables.pool.num_used) == (0, 0)
-    assert tables.windows.num_used == 0
+    assert (tables.windows.num_used, tables.host.num_used) == (0, 0)
     assert scheduler._committed == 0
 
 
@@ -78,13 +80,23 @@ rules = st.fixed_dictionaries(
 )
 
 
-@given(streams(), rules, st.integers(11, 40), st.booleans(), st.sampled_from([0, SIZE]))
-@settings(max_examples=150)
+@given(
+    streams(),
+    rules,
+    st.integers(11, 40),
+    st.booleans(),
+    st.sampled_from([0, SIZE]),
+    st.sampled_from([0, 0, 9, 100]),
+)
+@settings(max_examples=200)
 def test_every_request_generates_the_same_tokens_whatever_the_pool_and_the_rules(
-    stream, options, num_pages, sharing, window
+    stream, options, num_pages, sharing, window, host
 ):
     requests, times = stream
-    scheduler = scheduler_of(num_pages, sharing=sharing, window=window, slots=4, **options)
+    options = options | {"preemption": "swap" if host else "recompute"}
+    scheduler = scheduler_of(
+        num_pages, sharing=sharing, window=window, slots=4, host=host, **options
+    )
     engine, finished, now, coming = PagedEngine(scheduler), {}, 0, 0
     while coming < len(requests) or scheduler.has_work:
         while coming < len(requests) and times[coming] <= now:
@@ -300,6 +312,65 @@ def test_what_was_preempted_finds_its_own_pages_again_if_they_are_still_there():
         for request in requests:
             assert_served(request, finished[request.request_id])
     assert computed[True] < computed[False]
+
+
+@pytest.mark.parametrize("sharing", [False, True])
+def test_what_was_swapped_out_goes_on_where_it_was_and_nothing_is_computed_twice(sharing):
+    requests = [request_of(name, 10, 12, num_samples=n) for name, n in (("a", 1), ("b", 2))]
+    requests.append(request_of("c", 40, 9))
+    scheduler = scheduler_of(18, sharing=sharing, host=50, preemption="swap")
+    engine = PagedEngine(scheduler)
+    finished = serve(scheduler, requests, engine=engine)
+    assert scheduler.stats.preempted == scheduler.stats.swapped > 0
+    assert engine.copied
+    # Prompts once, and every token but the last of each completion once.
+    assert engine.tokens == 10 + 10 + 40 + 11 + 2 * 11 + 8
+    for request in requests:
+        assert_served(request, finished[request.request_id])
+    assert_drained(scheduler)
+
+
+def test_a_full_host_means_computing_again():
+    requests = [request_of(name, 10, 12) for name in "abcd"]
+    scheduler = scheduler_of(12, host=4, preemption="swap")
+    finished = serve(scheduler, requests)
+    assert 0 < scheduler.stats.swapped < scheduler.stats.preempted
+    for request in requests:
+        assert_served(request, finished[request.request_id])
+    assert_drained(scheduler)
+
+
+@pytest.mark.parametrize(("link", "swaps"), [(1.0, False), (1e9, True)])
+def test_the_cheaper_preemption_is_chosen(link, swaps):
+    costs = PreemptionCosts(out_rate=link, in_rate=link, prefill_rate=1000)
+    scheduler = scheduler_of(12, host=50, costs=costs, preemption="auto")
+    serve(scheduler, [request_of(name, 10, 12) for name in "abc"])
+    assert scheduler.stats.preempted
+    assert bool(scheduler.stats.swapped) == swaps
+
+
+@pytest.mark.parametrize("after", [4, 9, 12])
+def test_an_abort_gives_back_what_is_on_the_host(after):
+    scheduler = scheduler_of(8, host=50, preemption="swap")
+    engine = PagedEngine(scheduler)
+    scheduler.add(request_of("kept", 9, 14))
+    scheduler.add(request_of("gone", 9, 14, num_samples=2))
+    finished = {}
+    for _ in range(after):
+        engine.run_step(scheduler.schedule())
+    assert bool(scheduler.stats.swapped) == (after > 4)
+    told = scheduler.abort("gone")
+    assert len(told.completions) == 2
+    assert all(
+        completion.token_ids.tolist() == expected(request_of("gone", 9, 14), at)[0][:after]
+        for at, completion in enumerate(told.completions)
+        if completion.num_tokens == after
+    )
+    while scheduler.has_work:
+        output = engine.run_step(scheduler.schedule())
+        finished |= {done.request_id: done for done in output.finished}
+    assert_served(request_of("kept", 9, 14), finished["kept"])
+    assert_drained(scheduler)
 
 
 def test_stop_tokens_end_a_completion_but_not_before_the_least_number_of_tokens():

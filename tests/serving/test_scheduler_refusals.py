@@ -16,7 +16,7 @@ from pagedtq.errors import (
     UnknownRequest,
 )
 from pagedtq.paging import PageTables, SharingOptions
-from pagedtq.serving import GenerationRequest, Scheduler, SchedulerOptions
+from pagedtq.serving import GenerationRequest, PreemptionCosts, Scheduler, SchedulerOptions
 from tests.serving.paged_engine import assert_served, serve
 from tests.serving.test_scheduler import assert_drained, request_of, scheduler_of
 
@@ -31,6 +31,7 @@ from tests.serving.test_scheduler import assert_drained, request_of, scheduler_o
         {"watermark": float("nan")},
         {"admission": "never"},
         {"policy": "lifo"},
+        {"preemption": "kill"},
     ],
 )
 def test_options_that_make_no_sense_are_refused(options):
@@ -208,6 +209,14 @@ def test_a_scheduler_of_lengths_takes_no_tokens_and_only_it_takes_steps_at_once(
             scheduler.update([1])
         scheduler.update()
         assert scheduler.lengths.tolist() == [10]
+
+
+def test_costs_that_are_to_be_compared_must_be_known():
+    tables = PageTables(4, 20, num_host_pages=5)
+    costs = PreemptionCosts(out_rate=1.0, in_rate=1.0, prefill_rate=1.0)
+    for known in ({}, {"costs": costs}, {"page_bytes": 100}):
+        with pytest.raises(ArgumentError, match="page_bytes"):
+            Scheduler(tables, SchedulerOptions(preemption="auto"), **known)
 
 
 def test_tables_that_share_whole_prompts_are_refused():
