@@ -55,17 +55,20 @@ class PagedEngine:
 
     def compute(self, step):
         for swap in step.swaps:
-            self.copied += swap.pages.size
-            if swap.direction == "out":
-                self.host[swap.host_pages] = self.pages[swap.pages]
-                continue
-            self.pages[swap.pages] = self.host[swap.host_pages]
+            self.copy_swap(swap)
         plan = step.plan
         self.pages[plan.new_pages] = -1
         self.pages[plan.cow_dst] = self.pages[plan.cow_src]
         slots = plan.slot_mapping
         assert np.unique(slots).size == slots.size
         self.pages.ravel()[slots] = step.token_ids
+
+    def copy_swap(self, swap):
+        self.copied += swap.pages.size
+        if swap.direction == "out":
+            self.host[swap.host_pages] = self.pages[swap.pages]
+        else:
+            self.pages[swap.pages] = self.host[swap.host_pages]
 
     def read(self, seq_id):
         """Return all tokens of a sequence, through its page table."""

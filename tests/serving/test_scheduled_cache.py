@@ -7,7 +7,7 @@ import pytest
 
 from pagedtq import PagedKVCache, SharingOptions, preset
 from pagedtq.errors import StepError
-from pagedtq.serving import Scheduler, SchedulerOptions
+from pagedtq.serving import PreemptionCosts, Scheduler, SchedulerOptions
 from tests.serving.paged_engine import PagedEngine
 from tests.serving.test_scheduler import assert_drained, request_of
 
@@ -24,6 +24,7 @@ def cache_of(num_pages, window):
         page_size=16,
         window=window,
         num_window_slots=4,
+        num_host_pages=30,
     )
     return PagedKVCache(config, sharing=SharingOptions(), debug=True, num_threads=1)
 
@@ -35,16 +36,23 @@ def vectors_of(tokens, layer):
     return keys
 
 
+@pytest.mark.parametrize("preemption", ["recompute", "swap", "auto"])
 @pytest.mark.parametrize("window", [0, 16])
-def test_what_is_loaded_are_the_tokens_of_the_request_after_forks_and_preemptions(window):
+def test_what_is_loaded_are_the_tokens_of_the_request_after_forks_and_preemptions(
+    window, preemption, monkeypatch
+):
     cache = cache_of(12, window)
-    scheduler = Scheduler(cache, SchedulerOptions(watermark=0.0, step_tokens=40))
+    costs = PreemptionCosts(out_rate=1e9, in_rate=1e9, prefill_rate=10)
+    options = SchedulerOptions(watermark=0.0, step_tokens=40, preemption=preemption)
+    scheduler = Scheduler(cache, options, costs=costs)
     requests = [
         request_of("a", list(range(30)), 20),
         request_of("b", list(range(20)) + [31] * 9, 20, num_samples=2),
         request_of("c", [5] * 40, 24),
     ]
     engine = PagedEngine(scheduler)
+    copy_swap = cache.copy_swap
+    monkeypatch.setattr(cache, "copy_swap", lambda plan: (engine.copy_swap(plan), copy_swap(plan)))
     for request in requests:
         scheduler.add(request)
     rng, lost, finished, steps = np.random.default_rng(0), [], {}, 0
@@ -62,6 +70,7 @@ def test_what_is_loaded_are_the_tokens_of_the_request_after_forks_and_preemption
         finished |= {done.request_id: done for done in output.finished}
         steps += 1
     assert lost
+    assert bool(scheduler.stats.swapped) == (preemption != "recompute")
     assert {n: len(done.completions) for n, done in finished.items()} == {"a": 1, "b": 2, "c": 1}
     assert finished["b"].num_found_tokens in (0, 16)
     assert_drained(scheduler)
