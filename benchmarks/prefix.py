@@ -10,27 +10,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.report import arguments, publish
 from pagedtq.paging import PagePool, PrefixIndex
 from pagedtq.sim.traces import read_mooncake
+from pagedtq.sim.workload import HASH_BLOCK_TOKENS, Workload
 
-TRACE_BLOCK = 512
 CAPACITIES = (1_000, 5_000, 10_000, 30_000, 50_000, 100_000)
 TRACES = Path(os.environ.get("PAGEDTQ_TRACES", Path(__file__).parents[2] / "shared" / "traces"))
 NAME = "mooncake_conversation_trace.jsonl"
-
-
-class Prompt(NamedTuple):
-    """Tokens of a prompt, and the identities of its 512-token blocks."""
-
-    num_tokens: int
-    block_ids: list[int]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,15 +30,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = TRACES / NAME
     if not path.is_file():
         raise SystemExit(f"{path} is missing: fetch it from kvcache-ai/Mooncake (FAST25-release)")
-    prompts = list(read_prompts(path))
+    trace = read_mooncake(path)
     capacities = CAPACITIES[:3] if options.quick else CAPACITIES
-    rows = [row(prompts, capacity, TRACE_BLOCK) for capacity in capacities]
-    rows += [row(prompts, capacity, 64) for capacity in capacities[: 2 if options.quick else 4]]
+    rows = [row(trace, capacity, HASH_BLOCK_TOKENS) for capacity in capacities]
+    rows += [row(trace, capacity, 64) for capacity in capacities[: 2 if options.quick else 4]]
     publish(
         "prefix",
         rows,
         notes=(
-            f"{NAME}: {len(prompts)} requests; capacity in blocks of {TRACE_BLOCK} tokens",
+            f"{NAME}: {len(trace)} requests; capacity in blocks of {HASH_BLOCK_TOKENS} tokens",
             "least recently freed page first; a request frees its pages in reverse",
         ),
         json_path=options.json,
@@ -55,31 +47,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def row(prompts: list[Prompt], capacity: int, page_size: int) -> dict[str, object]:
+def row(trace: Workload, capacity: int, page_size: int) -> dict[str, object]:
     start = time.perf_counter()
-    hits, blocks, pages = replay(prompts, capacity * TRACE_BLOCK // page_size, page_size)
+    hits, blocks, pages = replay(trace, capacity * HASH_BLOCK_TOKENS // page_size, page_size)
     seconds = time.perf_counter() - start
     return {
         "capacity": capacity,
         "page size": page_size,
-        "n - 1 cap": page_size != TRACE_BLOCK,
+        "n - 1 cap": page_size != HASH_BLOCK_TOKENS,
         "hit rate %": 100 * hits / blocks,
-        "us per request": seconds / len(prompts) * 1e6,
+        "us per request": seconds / len(trace) * 1e6,
         "ns per page": seconds / pages * 1e9,
     }
 
 
-def read_prompts(path: Path) -> Iterator[Prompt]:
-    """Return the prompts of a Mooncake trace, in its order."""
-    trace = read_mooncake(path)
-    if trace.hash_ids is None or trace.hash_offsets is None:
-        raise SystemExit(f"{path} names no blocks")
-    ids, offsets = trace.hash_ids.tolist(), trace.hash_offsets.tolist()
-    for at, num_tokens in enumerate(trace.prompt_tokens.tolist()):
-        yield Prompt(num_tokens, ids[offsets[at] : offsets[at + 1]])
-
-
-def replay(prompts: Iterable[Prompt], num_pages: int, page_size: int) -> tuple[int, int, int]:
+def replay(trace: Workload, num_pages: int, page_size: int) -> tuple[int, int, int]:
     """Serve prompts one after the other.
 
     Returns
@@ -89,9 +71,9 @@ def replay(prompts: Iterable[Prompt], num_pages: int, page_size: int) -> tuple[i
     """
     pool, prefix = PagePool(num_pages + 1), PrefixIndex(num_pages + 1)
     hits = blocks = pages = 0
-    for prompt in prompts:
-        keys, most = keys_of(prompt, page_size)
-        count = max(len(keys), -(-prompt.num_tokens // page_size))
+    for request, num_tokens in enumerate(trace.prompt_tokens.tolist()):
+        keys, most = keys_of(trace, request, page_size)
+        count = max(len(keys), -(-num_tokens // page_size))
         found = prefix.longest(keys[:most])
         pool.touch(found)
         taken = pool.acquire(count - len(found))
@@ -104,21 +86,17 @@ def replay(prompts: Iterable[Prompt], num_pages: int, page_size: int) -> tuple[i
     return hits, blocks, pages
 
 
-def keys_of(prompt: Prompt, page_size: int) -> tuple[list[bytes], int]:
+def keys_of(trace: Workload, request: int, page_size: int) -> tuple[list[bytes], int]:
     """Return the keys of a prompt's pages, and how many of them may be found."""
-    if page_size == TRACE_BLOCK:
-        keys = [block.to_bytes(8, "little") for block in prompt.block_ids]
+    if trace.hash_ids is None or trace.hash_offsets is None:
+        raise SystemExit(f"{trace.name} names no blocks")
+    if page_size == HASH_BLOCK_TOKENS:
+        # Every listed block counts, the partial last one too.
+        blocks = trace.hash_ids[trace.hash_offsets[request] : trace.hash_offsets[request + 1]]
+        keys = [block.to_bytes(8, "little") for block in blocks.tolist()]
         return keys, len(keys)
-    parts = TRACE_BLOCK // page_size
-    whole = prompt.num_tokens // page_size
-    # A page is a part of its block; an id stands for all tokens up to the block's end, so parts of
-    # the last, partial block are named by it as well.
-    keys = [
-        (block * parts + part).to_bytes(9, "little")
-        for block in prompt.block_ids
-        for part in range(parts)
-    ][:whole]
-    return keys, max(prompt.num_tokens - 1, 0) // page_size
+    parts = trace.block_keys(request, page_size) or []
+    return parts, (int(trace.prompt_tokens[request]) - 1) // page_size
 
 
 if __name__ == "__main__":

@@ -68,6 +68,40 @@ class UnknownSequence(ArgumentError, KeyError):
         return Exception.__str__(self)
 
 
+class RequestError(ArgumentError):
+    """A scheduler cannot take a request as it is.
+
+    Attributes
+    ----------
+    request_id : str
+        The request.
+    """
+
+    def __init__(self, request_id: str, problem: str) -> None:
+        super().__init__(f"request {request_id!r}: {problem}")
+        self.request_id = request_id
+
+
+class RequestTooLarge(RequestError):
+    """A request that needs more than there is, even alone.
+
+    Attributes
+    ----------
+    need, total : int
+        Units it needs by itself, and units there are.
+    """
+
+    def __init__(self, request_id: str, need: int, total: int, unit: str, remedy: str) -> None:
+        super().__init__(request_id, f"needs {need} {unit} by itself, there are {total}; {remedy}")
+        self.need, self.total = need, total
+
+
+class UnknownRequest(RequestError, KeyError):
+    """A request is not waiting or running here."""
+
+    __str__ = Exception.__str__
+
+
 class EvictedError(ArgumentError):
     """The operation needs positions whose pages were evicted."""
 

@@ -14,7 +14,7 @@ from ..errors import ArgumentError, ArgumentTypeError, StepError
 from ..paging.arguments import token_counts
 from ..paging.eviction import EvictionPolicy, apply
 from ..paging.page_tables import PageTables
-from ..paging.shared_prefixes import SharingOptions
+from ..paging.shared_prefixes import BlockChain, SharingOptions
 from ..paging.step_plan import StepPlan
 from .reads import SeqIds
 from .swapping import POISON, CacheSwaps
@@ -93,7 +93,7 @@ class PagedKVCache(CacheSwaps):
 
     def open(
         self,
-        token_ids: Sequence[int] | Array | None = None,
+        token_ids: Sequence[int] | Array | BlockChain | None = None,
         *,
         salt: bytes = b"",
         extra_keys: Mapping[int, bytes] | None = None,
@@ -107,8 +107,8 @@ class PagedKVCache(CacheSwaps):
 
         Parameters
         ----------
-        token_ids : sequence of int, optional
-            Its first tokens.
+        token_ids : sequence of int or BlockChain, optional
+            Its first tokens, or what ``tables.prepare`` made of them.
         salt : bytes
             Sequences with different salts never share a page.
         extra_keys : mapping of block to bytes, optional

@@ -97,6 +97,14 @@ def format_list(text: str) -> list[Format]:
     return [Format.parse(name) for name in names]
 
 
+def size_list(text: str) -> list[int]:
+    """Read sizes in bytes, each once."""
+    sizes = [parse_bytes(part) for part in text.split(",") if part.strip()]
+    if not sizes or len(set(sizes)) != len(sizes):
+        raise ArgumentError(f"expected sizes such as 64GiB,128GiB, each once; got {text!r}")
+    return sizes
+
+
 @contextmanager
 def operating_system_errors() -> Iterator[None]:
     """Turn a file that cannot be read or written into a typed error with its name."""

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ..errors import UnsupportedError
-from ..sim.batch import BatchingOptions
+from ..serving.generation import SchedulerOptions
 from ..sim.comparison import DEFAULT_FORMATS, simulate_formats
 from ..sim.cost_model import Hardware
 from ..sim.generator import azure_conversation
 from ..sim.report import SimulationReport, write_report
-from ..sim.table import report_table
+from ..sim.sweep import SweepReport, sweep_budgets, write_sweep
+from ..sim.table import report_table, sweep_table
 from ..sim.traces import READERS, read_trace
 from ..sim.workload import Workload
 from ..sizing import Format
-from .arguments import Commands, add_command, add_memory_options, positive_int
+from .arguments import (
+    Commands,
+    add_command,
+    add_memory_options,
+    checked,
+    positive_int,
+    size_list,
+)
 from .progress import progress
 
 #: The embedded workload's size, and a rate of arrival that keeps every format busy.
@@ -55,9 +64,22 @@ def add_parser(commands: Commands) -> None:
         help="stretch arrivals to R requests per second, inf for all at once "
         f"(default: {DEFAULT_RATE:g} for generated ones, unchanged for a trace)",
     )
-    add_memory_options(parser.add_argument_group("memory"), ",".join(DEFAULT_FORMATS))
+    work.add_argument(
+        "--no-sharing",
+        action="store_true",
+        help="share no pages between prompts that begin alike, although the trace says which do",
+    )
+    memory = parser.add_argument_group("memory")
+    add_memory_options(memory, ",".join(DEFAULT_FORMATS))
+    memory.add_argument(
+        "--sweep",
+        type=checked(size_list),
+        metavar="SIZE,...",
+        help="instead of --budget: how many prompt tokens are found in pages at each of these "
+        "(needs a Mooncake trace)",
+    )
     batch = parser.add_argument_group("batching")
-    options = BatchingOptions()
+    options = SchedulerOptions()
     batch.add_argument(
         "--step-tokens", type=int, default=options.step_tokens, help="tokens processed in a step"
     )
@@ -72,9 +94,9 @@ def add_parser(commands: Commands) -> None:
     )
     batch.add_argument(
         "--admission",
-        choices=("prompt", "chunk"),
+        choices=("prompt", "chunk", "whole"),
         default=options.admission,
-        help="what of a request must fit: its prompt, or the next chunk of it",
+        help="what of a request must fit: its prompt, the next chunk of it, or all to its end",
     )
     _add_hardware_options(parser.add_argument_group("cost model"))
     real = parser.add_argument_group("execution")
@@ -116,6 +138,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     hardware, options = _hardware(arguments), _options(arguments)
     workload = _workload(arguments)
+    if arguments.sweep:
+        return _sweep(arguments, workload)
     report = simulate_formats(
         workload,
         arguments.formats,
@@ -131,12 +155,21 @@ def run(arguments: argparse.Namespace) -> int:
     written = [write_report(report, arguments.out)]
     if not arguments.no_plots:
         written += _draw(report, arguments.out)
+    _tell(arguments, report, report_table(report), written)
+    return 0
+
+
+def _tell(
+    arguments: argparse.Namespace,
+    report: SimulationReport | SweepReport,
+    table: str,
+    written: list[Path],
+) -> None:
     if arguments.json:
         sys.stdout.write(report.to_json().decode() + "\n")
     else:
-        print(report_table(report))
+        print(table)
         print(f"\nwritten to {arguments.out}/: {', '.join(path.name for path in written)}")
-    return 0
 
 
 def _workload(arguments: argparse.Namespace) -> Workload:
@@ -148,11 +181,32 @@ def _workload(arguments: argparse.Namespace) -> Workload:
     else:
         workload = azure_conversation(arguments.requests or DEFAULT_REQUESTS, arguments.seed)
         rate = DEFAULT_RATE if rate is None else rate
+    if arguments.no_sharing:
+        workload = replace(workload, hash_ids=None, hash_offsets=None)
     return workload if rate is None else workload.at_rate(rate)
 
 
-def _options(arguments: argparse.Namespace) -> BatchingOptions:
-    return BatchingOptions(
+def _sweep(arguments: argparse.Namespace, workload: Workload) -> int:
+    """Run the formats at several budgets and say how much of the prompts is found."""
+    report = sweep_budgets(
+        workload,
+        arguments.formats,
+        arguments.sweep,
+        arguments.model,
+        page_size=arguments.page_size,
+        hardware=_hardware(arguments),
+        options=_options(arguments),
+        progress=progress,
+    )
+    written = [write_sweep(report, arguments.out)]
+    if not arguments.no_plots:
+        written += _draw(report, arguments.out)
+    _tell(arguments, report, sweep_table(report), written)
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> SchedulerOptions:
+    return SchedulerOptions(
         step_tokens=arguments.step_tokens,
         max_running=arguments.max_running,
         watermark=arguments.watermark,
@@ -191,10 +245,12 @@ def _execute(
     return msgspec.structs.replace(report, formats=formats)
 
 
-def _draw(report: SimulationReport, folder: Path) -> list[Path]:
-    from ..sim.plots import draw_plots
+def _draw(report: SimulationReport | SweepReport, folder: Path) -> list[Path]:
+    from ..sim.plots import draw_plots, draw_sweep
 
     try:
+        if isinstance(report, SweepReport):
+            return draw_sweep(report, folder)
         return draw_plots(report, folder)
     except UnsupportedError as error:
         print(f"pagedtq: no plots: {error}", file=sys.stderr)

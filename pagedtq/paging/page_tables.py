@@ -17,7 +17,7 @@ from .adoption import Adoption
 from .arguments import Int32, Int64, Integers, integer, integers
 from .one_row import OneRow
 from .sequence_rows import AWAY
-from .shared_prefixes import Tokens
+from .shared_prefixes import BlockChain, Tokens
 from .swaps import Swaps
 
 
@@ -57,7 +57,7 @@ class PageTables(Adoption, Swaps, OneRow):
 
     def open(
         self,
-        token_ids: Tokens | None = None,
+        token_ids: Tokens | BlockChain | None = None,
         *,
         salt: bytes = b"",
         extra_keys: Mapping[int, bytes] | None = None,
@@ -71,8 +71,8 @@ class PageTables(Adoption, Swaps, OneRow):
 
         Parameters
         ----------
-        token_ids : integers, optional
-            Its first tokens, in int32.
+        token_ids : integers or BlockChain, optional
+            Its first tokens, in int32, or what `prepare` made of them.
         salt : bytes
             Sequences with different salts never share a page.
         extra_keys : mapping of block to bytes, optional
@@ -86,12 +86,11 @@ class PageTables(Adoption, Swaps, OneRow):
         ArgumentError, ArgumentTypeError
             For bad tokens, salts or keys.
         """
-        chain = self._chain_of(token_ids, salt, extra_keys, block_keys)
-        pages = []
-        if chain is not None:
-            opaque = chain.opaque
-            length = len(chain.keys) * self.page_size if opaque else chain.prompt.size
-            pages = self._found(chain.keys, length, None if opaque else chain.prompt)
+        if isinstance(token_ids, BlockChain):
+            chain: BlockChain | None = token_ids.copy()
+        else:
+            chain = self.prepare(token_ids, salt=salt, extra_keys=extra_keys, block_keys=block_keys)
+        pages = [] if chain is None else self.find_pages(chain)
         ids, rows = self._new_rows(1)
         self._adopt(int(rows[0]), chain, pages)
         return int(ids[0])

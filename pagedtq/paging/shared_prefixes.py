@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, ArgumentTypeError
-from .arguments import Int32, Int64
+from .arguments import Int32, Int64, integer
 from .block_keys import BlockHasher, HashName, extras_of, token_array
 from .prefix_index import PrefixIndex
 from .swap_plan import HostPool, SwappedRow, SwapPlan
@@ -68,16 +68,19 @@ class BlockChain:
         Tokens announced when the sequence was opened.
     opaque : bool
         Whether the caller makes the keys.
+    num_tokens : int
+        Tokens that were announced, known or not; what is found stays below.
     """
 
     keys: list[bytes]
     extras: dict[int, bytes] = field(default_factory=dict)
     prompt: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
     opaque: bool = False
+    num_tokens: int = 0
 
     def copy(self) -> BlockChain:
         """Return a chain that grows on its own."""
-        return BlockChain(list(self.keys), self.extras, self.prompt, self.opaque)
+        return BlockChain(list(self.keys), self.extras, self.prompt, self.opaque, self.num_tokens)
 
 
 class SharedPrefixes(TableViews):
@@ -207,28 +210,70 @@ class SharedPrefixes(TableViews):
 
     # -- opening -----------------------------------------------------------------------------
 
-    def _chain_of(
+    def prepare(
         self,
-        token_ids: Tokens | None,
-        salt: bytes,
-        extra_keys: Mapping[int, bytes] | None,
-        block_keys: Sequence[bytes] | None,
+        token_ids: Tokens | None = None,
+        *,
+        salt: bytes = b"",
+        extra_keys: Mapping[int, bytes] | None = None,
+        block_keys: Sequence[bytes] | None = None,
+        num_tokens: int | None = None,
     ) -> BlockChain | None:
-        """Check what a sequence is opened with; None for one that is never shared."""
+        """Check and hash what a sequence will be opened with; changes nothing.
+
+        For callers that look a prompt up several times before they open it: pass the result to
+        `find_pages` and `open` instead of the tokens.
+
+        Parameters
+        ----------
+        token_ids, salt, extra_keys, block_keys
+            As in `open`.
+        num_tokens : int, optional
+            With ``block_keys``, the tokens of the prompt, if it does not end with their last block.
+
+        Returns
+        -------
+        BlockChain or None
+            None for a sequence that is never shared.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            For bad tokens, salts or keys.
+        """
         if token_ids is not None and block_keys is not None:
             raise ArgumentError("a sequence is opened with token_ids or block_keys, not with both")
         extras = extras_of(salt, extra_keys)
         if block_keys is not None:
             if extras:
                 raise ArgumentError("salt and extra_keys belong to token_ids, not to block_keys")
-            return BlockChain(opaque_keys(block_keys), opaque=True)
+            opaque = opaque_keys(block_keys)
+            named = len(opaque) * self.page_size
+            length = named if num_tokens is None else integer("num_tokens", num_tokens, named)
+            return BlockChain(opaque, opaque=True, num_tokens=length)
         if token_ids is None:
             if extras:
                 raise ArgumentError("salt and extra_keys need token_ids; pass [] without a prompt")
             return None
         tokens = token_array("token_ids", token_ids).copy()
         keys = self._hasher.chain(tokens, extras=extras) if self.prefix is not None else []
-        return BlockChain(keys, extras, tokens)
+        return BlockChain(keys, extras, tokens, num_tokens=tokens.size)
+
+    def lengthened(self, chain: BlockChain, token_ids: Tokens) -> BlockChain:
+        """Return what `prepare` would for a prompt and further tokens; hashes only these."""
+        tokens = np.concatenate((chain.prompt, token_array("token_ids", token_ids)))
+        done = len(chain.keys)
+        keys = list(chain.keys)
+        if self.prefix is not None:
+            parent = keys[-1] if keys else None
+            behind = tokens[done * self.page_size :]
+            keys += self._hasher.chain(behind, parent, chain.extras, done)
+        return BlockChain(keys, chain.extras, tokens, num_tokens=tokens.size)
+
+    def find_pages(self, chain: BlockChain) -> list[int]:
+        """Return the pages that `open` would begin with now; takes none of them."""
+        tokens = None if chain.opaque else chain.prompt
+        return self._found(chain.keys, chain.num_tokens, tokens)
 
     def _found(self, keys: list[bytes], num_tokens: int, tokens: Int32 | None) -> list[int]:
         """Return the pages of the leading blocks that can be shared."""

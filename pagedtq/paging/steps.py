@@ -129,6 +129,20 @@ class Steps(PublishedBlocks):
         )
         return self._step
 
+    def pages_needed(self, seq_ids: Integers, num_new_tokens: int | Integers) -> int:
+        """Return how many pages `reserve` would take for a step now, copies on write included.
+
+        Raises
+        ------
+        UnknownSequence, ArgumentError, ArgumentTypeError
+            For bad ids or counts.
+        """
+        rows = self._resident_rows(seq_ids, "append to")
+        num_new = token_counts("num_new_tokens", num_new_tokens, rows.size)
+        length, size = self._length.take(rows), self.page_size
+        fresh = (length + num_new + (size - 1)) // size - (length + (size - 1)) // size
+        return int(fresh.sum()) + self._leaving_pages(rows, length, num_new).size
+
     def commit(self, plan: StepPlan, publish_to: Integers | None = None) -> None:
         """Close the open step; its tokens stay, and blocks that are complete can be found.
 

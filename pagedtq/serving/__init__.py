@@ -1,9 +1,19 @@
-"""What a serving engine's scheduler talks to: a block manager, its requests and its events."""
+"""What a serving engine's scheduler talks to, and a scheduler of our own."""
 
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog, KVEventBatch
+from .generation import (
+    Completion,
+    FinishedRequest,
+    GenerationRequest,
+    ScheduledStep,
+    SchedulerOptions,
+    SchedulerStats,
+    StepOutput,
+)
 from .manager import BlockManager, PrefixCacheStats
 from .preemption import PreemptionCosts, choose_preemption
 from .request import Blocks, Request, ServedRequest
+from .scheduler import Scheduler
 
 __all__ = [
     "AllBlocksCleared",
@@ -11,11 +21,19 @@ __all__ = [
     "BlockRemoved",
     "BlockStored",
     "Blocks",
+    "Completion",
     "EventLog",
+    "FinishedRequest",
+    "GenerationRequest",
     "KVEventBatch",
     "PreemptionCosts",
     "PrefixCacheStats",
     "Request",
+    "ScheduledStep",
+    "Scheduler",
+    "SchedulerOptions",
+    "SchedulerStats",
     "ServedRequest",
+    "StepOutput",
     "choose_preemption",
 ]

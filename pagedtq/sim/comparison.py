@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 
 from ..errors import ArgumentError
 from ..models import ModelShape
+from ..serving.generation import SchedulerOptions
 from ..sizing import Format, plan_capacity
-from .batch import BatchingOptions
 from .cost_model import CostModel, Hardware
 from .report import FormatReport, SimulationReport
 from .simulator import Simulator
@@ -23,7 +23,8 @@ DEFAULT_FORMATS = ("fp16", "fp8", "k4v4", "k4v4-w0", "k3v3", "k2v2")
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object] | None]]
 
 
-def _silent(label: str, total: int) -> AbstractContextManager[None]:
+def silent(label: str, total: int) -> AbstractContextManager[None]:
+    """Show no progress."""
     return nullcontext()
 
 
@@ -35,14 +36,15 @@ def simulate_format(
     budget_bytes: int,
     page_size: int = 64,
     hardware: Hardware | None = None,
-    options: BatchingOptions | None = None,
-    progress: Progress = _silent,
+    options: SchedulerOptions | None = None,
+    fast_forward: bool = True,
+    progress: Progress = silent,
 ) -> FormatReport:
     """Serve a workload in one storage format.
 
     Parameters are those of ``simulate_formats``.
     """
-    options = options or BatchingOptions()
+    options = options or SchedulerOptions()
     config = storage.config(model, page_size)
     # As many window slots as sequences of the typical resident length fit beside their windows.
     capacity = plan_capacity(
@@ -53,7 +55,7 @@ def simulate_format(
     )
     cost = CostModel(model, config, hardware or Hardware(), storage.byte_share)
     start = time.perf_counter()
-    simulator = Simulator(workload, config, capacity, cost, options)
+    simulator = Simulator(workload, config, capacity, cost, options, fast_forward=fast_forward)
     with progress(storage.name, len(workload)) as update:
         outcome = simulator.run(update)
     wall = time.perf_counter() - start
@@ -68,8 +70,9 @@ def simulate_formats(
     budget_bytes: int,
     page_size: int = 64,
     hardware: Hardware | None = None,
-    options: BatchingOptions | None = None,
-    progress: Progress = _silent,
+    options: SchedulerOptions | None = None,
+    fast_forward: bool = True,
+    progress: Progress = silent,
 ) -> SimulationReport:
     """Serve a workload in several storage formats at the same memory budget.
 
@@ -87,8 +90,10 @@ def simulate_formats(
         Tokens in a page.
     hardware : Hardware, optional
         Constants of the cost model.
-    options : BatchingOptions, optional
+    options : SchedulerOptions, optional
         How steps are put together.
+    fast_forward : bool
+        Take runs of decode steps at once; never changes a result.
     progress : callable, optional
         Opens a progress display.
 
@@ -98,7 +103,7 @@ def simulate_formats(
     """
     if not formats:
         raise ArgumentError("expected at least one format, got none")
-    hardware, options = hardware or Hardware(), options or BatchingOptions()
+    hardware, options = hardware or Hardware(), options or SchedulerOptions()
     reports = [
         simulate_format(
             workload,
@@ -108,6 +113,7 @@ def simulate_formats(
             page_size=page_size,
             hardware=hardware,
             options=options,
+            fast_forward=fast_forward,
             progress=progress,
         )
         for storage in formats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from ..figures import COLOURS, draw_figures
 from ..sizing import format_bytes
 from .report import FormatReport, SimulationReport
+from .sweep import SweepReport
 
 # The baselines are context, not data of interest.
 _BASELINES = {"fp16": "#000000", "fp8": "#8C8C8C"}
@@ -37,6 +39,11 @@ def draw_plots(report: SimulationReport, folder: str | Path) -> list[Path]:
         "throughput": _throughput,
     }
     return draw_figures({name: partial(draw, report) for name, draw in figures.items()}, folder)
+
+
+def draw_sweep(report: SweepReport, folder: str | Path) -> list[Path]:
+    """Draw ``hit_rate.png`` into a folder, which is made; see `draw_plots`."""
+    return draw_figures({"hit_rate": partial(_hit_rate, report)}, folder)
 
 
 def _utilisation_over_time(report: SimulationReport, figure: Any) -> None:
@@ -134,18 +141,54 @@ def _throughput(report: SimulationReport, figure: Any) -> None:
     axes.set(title=_setting(report), xlabel=f"Output tokens per second, {base.name} = 1")
 
 
+def _hit_rate(report: SweepReport, figure: Any) -> None:
+    axes = figure.subplots()
+    names = list(dict.fromkeys(point.name for point in report.points))
+    for name, line in zip(names, _styles(names)):
+        points = [point for point in report.points if point.name == name]
+        budgets = [point.budget_bytes / 2**30 for point in points]
+        axes.plot(budgets, [100 * point.hit_rate for point in points], marker="o", **line)
+    axes.axhline(100 * report.ideal_hit_rate, color="#8C8C8C", linewidth=1, linestyle=":")
+    axes.annotate(
+        "endless cache",
+        (1, 100 * report.ideal_hit_rate),
+        (-3, -3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color="#666666",
+    )
+    axes.set_xscale("log", base=2)
+    budgets = sorted({point.budget_bytes / 2**30 for point in report.points})
+    axes.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    axes.minorticks_off()
+    axes.set(
+        title=f"{report.num_requests} requests: {report.workload}",
+        xlabel=f"Cache (GiB), {report.model.name}, pages of {report.page_size} tokens",
+        ylabel="Prompt tokens found (%)",
+        ylim=(0, None),
+    )
+    figure.legend(loc="outside right center")
+
+
 def _lines(report: SimulationReport) -> list[tuple[FormatReport, dict[str, Any]]]:
-    """Give each format a line: one colour per codec pair, dashes without the default window."""
+    """Give each format a line."""
+    return list(zip(report.formats, _styles([f.name for f in report.formats])))
+
+
+def _styles(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a line's style per format: a colour per codec pair, dashes without the window."""
     colours = dict(_BASELINES)
-    lines = []
-    for f in report.formats:
-        codec, dash, window = f.name.rpartition("-w")
-        codec = codec if dash and window.isdigit() else f.name
+    styles = []
+    for name in names:
+        codec, dash, window = name.rpartition("-w")
+        codec = codec if dash and window.isdigit() else name
         used = len(colours) - len(_BASELINES)
         colours.setdefault(codec, COLOURS[used % len(COLOURS)])
-        style = "-" if codec == f.name else "--"
-        lines.append((f, {"color": colours[codec], "linestyle": style, "label": f.name}))
-    return lines
+        style = "-" if codec == name else "--"
+        styles.append({"color": colours[codec], "linestyle": style, "label": name})
+    return styles
 
 
 def _setting(report: SimulationReport) -> str:

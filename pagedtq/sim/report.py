@@ -8,12 +8,12 @@ import msgspec
 
 from ..errors import ArgumentError
 from ..models import ModelShape
+from ..serving.generation import SchedulerOptions
 from ..sizing import Capacity
-from .batch import BatchingOptions
 from .cost_model import Hardware
 
 #: Version of the JSON report.
-SCHEMA = 1
+SCHEMA = 2
 
 
 class WorkloadSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -110,8 +110,10 @@ class FormatReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Which was rejected first, and why.
     prompt_tokens, output_tokens : int
         Tokens of the served requests.
+    tokens_found : int
+        Prompt tokens of served requests that were found in pages, those of the first admission.
     tokens_recomputed : int
-        Tokens that preemption made to be processed again.
+        Tokens that preemption made to be processed again, less those it found again.
     preemptions, requests_preempted : int
         Times a sequence was preempted; requests it happened to.
     steps : int
@@ -130,7 +132,7 @@ class FormatReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Sequences that hold pages, mean over simulated time.
     utilisation : float
         Tokens stored over slots of taken pages, both integrated over time: 1 less the waste inside
-        pages.
+        pages. Tokens in shared pages count once for each sequence, so that it can exceed 1.
     occupancy : float
         Taken pages over all pages, mean over time.
     first_token_seconds : dict of str to float
@@ -153,6 +155,7 @@ class FormatReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     rejection: str | None
     prompt_tokens: int
     output_tokens: int
+    tokens_found: int
     tokens_recomputed: int
     preemptions: int
     requests_preempted: int
@@ -185,7 +188,7 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     workload : WorkloadSummary
     model : ModelShape
     hardware : Hardware
-    options : BatchingOptions
+    options : SchedulerOptions
     formats : list of FormatReport
     """
 
@@ -196,7 +199,7 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     workload: WorkloadSummary
     model: ModelShape
     hardware: Hardware
-    options: BatchingOptions
+    options: SchedulerOptions
     formats: list[FormatReport]
 
     def to_json(self) -> bytes:
@@ -229,10 +232,20 @@ def write_report(report: SimulationReport, folder: str | Path) -> Path:
     ArgumentError
         If it cannot be written.
     """
-    path = Path(folder) / "report.json"
+    return write_json(report.to_json(), Path(folder) / "report.json")
+
+
+def write_json(text: bytes, path: Path) -> Path:
+    """Write a report to a path whose folder is made; return the path.
+
+    Raises
+    ------
+    ArgumentError
+        If it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(report.to_json() + b"\n")
+        path.write_bytes(text + b"\n")
     except OSError as error:
         raise ArgumentError(f"cannot write {path}: {error.strerror or error}") from error
     return path

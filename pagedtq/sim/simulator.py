@@ -1,28 +1,35 @@
-"""Continuous batching over a page budget, on the real control plane and a clock of its own.
+"""A workload served by the reference scheduler, on a clock that a cost model advances.
 
-A *step* processes one token of every decoding sequence and chunks of prompts, up to a number of
-tokens. Requests are admitted first come, first served; nothing overtakes. When pages run out, the
-sequence admitted last gives back everything and waits at the head of the queue, to be recomputed
-(vLLM's rules). So waiting requests are always younger than running ones, at most one sequence is in
-prefill across steps, and the oldest always advances: no livelock, whatever the pool.
-
-A sequence of ``p`` prompt and ``o`` output tokens stores ``p + o - 1``: prefill samples the first
-output token, each decode step stores the token sampled last, and the very last one is never stored.
+Every page and window slot is taken and given back by the real control plane; only the bytes, and
+the time they take, are imagined. Who runs when is `pagedtq.serving.Scheduler`'s business.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from ..config import CacheConfig
+from ..errors import RequestTooLarge
 from ..paging.page_tables import PageTables
+from ..paging.shared_prefixes import SharingOptions
+from ..serving.generation import GenerationRequest, ScheduledStep, SchedulerOptions, StepOutput
+from ..serving.scheduler import Scheduler
 from ..sizing import Capacity
-from .batch import BatchingOptions, DecodeBatch, Prefill
 from .cost_model import CostModel
 from .step_log import Outcome, StepLog
-from .workload import Workload
+from .workload import Float64, Int64, Workload
+
+
+class DecodeRun(NamedTuple):
+    """Decode steps that are taken as one: a number per step."""
+
+    ends: Float64
+    seconds: Float64
+    tokens: Int64
+    used: Int64
 
 
 class Simulator:
@@ -31,20 +38,24 @@ class Simulator:
     Parameters
     ----------
     workload : Workload
-        The requests.
+        The requests. Those with ``hash_ids`` share pages between prompts that begin alike.
     config : CacheConfig
         Format; only its window and sinks matter here.
     capacity : Capacity
         Pages and window slots of the run.
     cost : CostModel
         Advances the clock.
-    options : BatchingOptions
+    options : SchedulerOptions, optional
         How steps are put together.
+    fast_forward : bool
+        Take runs of steps in which only decoding can happen at once. Never changes a result.
 
     Attributes
     ----------
     tables : PageTables
-        The control plane; empty again after ``run``.
+        The control plane; without an owner of a page again after ``run``.
+    scheduler : Scheduler
+        Who runs when.
     """
 
     def __init__(
@@ -53,11 +64,10 @@ class Simulator:
         config: CacheConfig,
         capacity: Capacity,
         cost: CostModel,
-        options: BatchingOptions | None = None,
+        options: SchedulerOptions | None = None,
+        *,
+        fast_forward: bool = True,
     ) -> None:
-        self._options = options or BatchingOptions()
-        self._cost = cost
-        self._page_size = capacity.page_size
         window = config.window_tokens if capacity.num_window_slots else 0
         self.tables = PageTables(
             page_size=capacity.page_size,
@@ -65,28 +75,27 @@ class Simulator:
             window_tokens=window,
             num_sinks=config.num_sinks if window else 0,
             num_window_slots=capacity.num_window_slots,
+            sharing=None if workload.hash_ids is None else SharingOptions(),
         )
-        self._max_running = self._options.max_running
-        if window:
-            self._max_running = min(self._max_running, capacity.num_window_slots)
-        self._watermark = int(self._options.watermark * capacity.usable_pages)
+        self.scheduler = Scheduler(self.tables, options, track_tokens=False)
+        self._workload, self._cost = workload, cost
+        self._choose_steps = self._decode_run if fast_forward else None
         # Plain lists: single numbers are read from them.
         self._arrival: list[float] = workload.arrival.tolist()
         self._prompt: list[int] = workload.prompt_tokens.tolist()
         self._output: list[int] = workload.output_tokens.tolist()
-        num = len(workload)
-        self._fits = -(-(workload.final_tokens - 1) // self._page_size) <= capacity.usable_pages
         self._next = 0
-        self._preempted: list[int] = []
-        self._prefill: Prefill | None = None
-        self._batch = DecodeBatch(self._page_size)
         self._clock = 0.0
         self._num_done = 0
+        self._run: DecodeRun | None = None
+        self._rejected: list[int] = []
+        num = len(workload)
         self._log = StepLog()
         self._generated = np.zeros(num, np.int64)
         self._first_token = np.full(num, np.nan)
         self._finish = np.full(num, np.nan)
         self._preemptions = np.zeros(num, np.int64)
+        self._found = np.zeros(num, np.int64)
 
     def run(self, progress: Callable[[int], object] | None = None) -> Outcome:
         """Serve every request and return what happened.
@@ -97,7 +106,7 @@ class Simulator:
             Called now and then with the number of requests served or rejected so far.
         """
         calls = 0
-        while self._skip_to_work():
+        while self._add_arrivals():
             self._step()
             calls += 1
             if progress is not None and calls % 512 == 0:
@@ -110,173 +119,107 @@ class Simulator:
             self._first_token,
             self._finish,
             self._preemptions,
-            np.flatnonzero(~self._fits),
+            np.array(self._rejected, np.int64),
+            self._found,
         )
 
-    def _skip_to_work(self) -> bool:
-        """Pass idle time; return whether anything is left to do."""
-        if self._batch.size or self._prefill is not None or self._preempted:
-            return True
-        request = self._head()
-        if request is None:
-            return False
-        self._clock = max(self._clock, self._arrival[request])
-        return True
-
-    def _head(self) -> int | None:
-        """Return the oldest request that is not running, arrived or not."""
-        if self._preempted:
-            return self._preempted[-1]
-        while self._next < len(self._arrival) and not self._fits[self._next]:
+    def _add_arrivals(self) -> bool:
+        """Hand over what has arrived, passing idle time; return whether anything is to be done."""
+        scheduler, arrival = self.scheduler, self._arrival
+        while self._next < len(arrival):
+            if not scheduler.has_work:
+                self._clock = max(self._clock, arrival[self._next])
+            if arrival[self._next] > self._clock:
+                break
+            self._add(self._next)
             self._next += 1
+        return scheduler.has_work
+
+    def _add(self, index: int) -> None:
+        request = GenerationRequest(
+            request_id=str(index),
+            prompt=self._prompt[index],
+            max_tokens=self._output[index],
+            block_keys=self._workload.block_keys(index, self.tables.page_size),
+        )
+        try:
+            self.scheduler.add(request)
+        except RequestTooLarge:
+            self._rejected.append(index)
             self._num_done += 1
-        return self._next if self._next < len(self._arrival) else None
 
     def _step(self) -> None:
-        preempted = self._make_room()
-        chunks = [] if preempted else self._plan_prefill()
-        head = self._head()
-        waiting = head is not None and self._arrival[head] <= self._clock
-        if chunks or preempted or self._prefill is not None or not self._batch.size:
-            self._mixed_step(chunks, waiting)
+        step = self.scheduler.schedule(self._choose_steps)
+        # The pool is nobody else's, and what cannot run alone was rejected.
+        assert step is not None
+        run, self._run = self._run, None
+        if run is None:
+            self._single_step(step)
         else:
-            limit = None if waiting or head is None else self._arrival[head]
-            self._decode_steps(limit, waiting)
+            self._many_steps(step, run)
+        self._note(self.scheduler.update())
 
-    def _make_room(self) -> bool:
-        """Preempt until every decoding sequence can store its next token."""
-        preempted = False
-        while self._batch.pages_for_next() > self.tables.pool.num_free:
-            preempted = True
-            self._preempt_youngest()
-        return preempted
-
-    def _preempt_youngest(self) -> None:
-        if self._prefill is not None:
-            request, seq_id = self._prefill.request, self._prefill.seq_id
-            self._prefill = None
-        else:
-            request, seq_id, left = self._batch.pop()
-            self._generated[request] = self._output[request] - left
-        self.tables.close([seq_id])
-        self._preempted.append(request)
-        self._preemptions[request] += 1
-
-    def _plan_prefill(self) -> list[tuple[Prefill, int]]:
-        """Choose chunks for what decoding leaves of the step's tokens and pages, admitting."""
-        page_size = self._page_size
-        free = self.tables.pool.num_free - self._batch.pages_for_next()
-        tokens = self._options.step_tokens - self._batch.size
-        running = self._batch.size + (self._prefill is not None)
-        chunks: list[tuple[Prefill, int]] = []
-        prefill = self._prefill
-        while tokens > 0:
-            if prefill is None:
-                prefill = self._admit(tokens, free, running)
-                if prefill is None:
-                    break
-                running += 1
-            slack = -prefill.done % page_size
-            chunk = min(prefill.target - prefill.done, tokens, slack + free * page_size)
-            if chunk <= 0:
-                break
-            chunks.append((prefill, chunk))
-            tokens -= chunk
-            free -= -(-(chunk - slack) // page_size)
-            if prefill.done + chunk < prefill.target:
-                break
-            prefill = None
-        self._prefill = prefill
-        return chunks
-
-    def _admit(self, tokens: int, free: int, running: int) -> Prefill | None:
-        request = self._head()
-        if request is None or self._arrival[request] > self._clock or running >= self._max_running:
-            return None
-        target = self._prompt[request] + int(self._generated[request])
-        must_fit = target if self._options.admission == "prompt" else min(target, tokens)
-        reserve = self._watermark if running else 0
-        if -(-must_fit // self._page_size) + reserve > free:
-            return None
-        if self._preempted:
-            self._preempted.pop()
-        else:
-            self._next += 1
-        return Prefill(request, self.tables.open(), target)
-
-    def _mixed_step(self, chunks: list[tuple[Prefill, int]], waiting: bool) -> None:
-        """Take one step: with prefill chunks, after a preemption, or beside a stalled prefill."""
-        batch, cost = self._batch, self._cost
-        seqs, new = batch.with_chunks(chunks)
-        self.tables.commit(self.tables.reserve(seqs, new))
-        batch.advance(1)
-        tokens = read = pairs = int(batch.length.sum())
-        exact = int(cost.exact_part(batch.length).sum())
-        running, prefilled = batch.size + len(chunks), 0
-        for prefill, n in chunks:
-            read += prefill.done
-            exact += min(prefill.done, cost.exact_tokens)
-            pairs += n * prefill.done + n * (n + 1) // 2
-            prefilled += n
-            prefill.done += n
-            tokens += prefill.done
-        if self._prefill is not None and not chunks:
-            running += 1
-            tokens += self._prefill.done
-        new_tokens = np.int64(batch.size + prefilled)
+    def _single_step(self, step: ScheduledStep) -> None:
+        """Advance the clock by a step of any kind."""
+        cost, n = self._cost, step.num_decoding
+        before, after = step.plan.old.length, step.plan.new.length
+        decoded = tokens = read = pairs = int(after[:n].sum())
+        exact = int(cost.exact_part(after[:n]).sum())
+        prefilled = 0
+        if step.chunks:
+            prefix, new = before[n:], step.plan.num_new[n:]
+            prefilled = int(new.sum())
+            read += int(prefix.sum())
+            exact += int(cost.exact_part(prefix).sum())
+            pairs += int((new * prefix + new * (new + 1) // 2).sum())
+        # Prompts in prefill, those that are stuck included, as long as before plus the new tokens.
+        tokens = decoded + self.scheduler.num_prefill_tokens + prefilled
         seconds = float(
-            cost.step_seconds(new_tokens, np.int64(read), np.int64(exact), np.int64(pairs))
+            cost.step_seconds(np.int64(n + prefilled), *map(np.int64, (read, exact, pairs)))
         )
         self._clock += seconds
-        used = self.tables.pool.num_used
-        counts = (running, tokens, used, prefilled, batch.size, int(waiting))
-        self._log.append(self._clock, seconds, counts)
-        self._retire()
-        for prefill, _ in chunks:
-            if prefill.done == prefill.target:
-                self._start_decoding(prefill)
+        running, used = self.scheduler.num_running, self.tables.pool.num_used
+        waiting = int(self.scheduler.num_waiting > 0)
+        self._log.append(self._clock, seconds, (running, tokens, used, prefilled, n, waiting))
 
-    def _decode_steps(self, next_arrival: float | None, waiting: bool) -> None:
-        """Take as many steps at once as nothing but decoding can happen in.
-
-        That is until a sequence completes, pages run out, or (if nobody waits yet) a request
-        arrives. A request that waits already cannot be admitted before: pages only get fewer.
-        """
-        batch, pool = self._batch, self.tables.pool
-        limit = int(batch.left.min()) if self._options.fast_forward else 1
-        taken = batch.pages_taken(limit)
-        k = int(np.searchsorted(taken, pool.num_free, side="right"))
-        steps = np.arange(1, k + 1)
-        tokens = int(batch.length.sum()) + batch.size * steps
-        exact = batch.exact_after(steps, self._cost.exact_tokens)
-        seconds = self._cost.step_seconds(np.full(k, batch.size), tokens, exact, tokens)
+    def _decode_run(self, most: int) -> int:
+        """Choose how many decode steps to take as one: until a request arrives, if none waits."""
+        scheduler, cost = self.scheduler, self._cost
+        lengths = scheduler.lengths
+        steps = np.arange(1, most + 1)
+        tokens = int(lengths.sum()) + lengths.size * steps
+        exact = exact_after(lengths, steps, cost.exact_tokens)
+        seconds = cost.step_seconds(np.full(most, lengths.size), tokens, exact, tokens)
         # accumulate adds one after the other, exactly as single steps would.
         ends = np.add.accumulate(np.append(self._clock, seconds))[1:]
-        if next_arrival is not None:
-            k = min(k, int(np.searchsorted(ends, next_arrival)) + 1)
-        used = pool.num_used + taken
-        self.tables.commit(self.tables.reserve(batch.seqs, np.full(batch.size, k)))
-        batch.advance(k)
-        self._clock = float(ends[k - 1])
-        counts = (batch.size, tokens[:k], used[:k], 0, batch.size, int(waiting))
-        self._log.extend(ends[:k], seconds[:k], counts)
-        self._retire()
+        # A request that waits already cannot be admitted before: pages only get fewer.
+        if not scheduler.num_waiting and self._next < len(self._arrival):
+            most = min(most, int(np.searchsorted(ends, self._arrival[self._next])) + 1)
+        used = self.tables.pool.num_used + scheduler.pages_ahead(most)
+        self._run = DecodeRun(ends[:most], seconds[:most], tokens[:most], used)
+        return most
 
-    def _start_decoding(self, prefill: Prefill) -> None:
-        """Sample a token from a finished prefill."""
-        request = prefill.request
-        if np.isnan(self._first_token[request]):
-            self._first_token[request] = self._clock
-        left = self._output[request] - int(self._generated[request]) - 1
-        self._batch.push(request, prefill.seq_id, prefill.target, left)
-        if left == 0:
-            self._retire()
+    def _many_steps(self, step: ScheduledStep, run: DecodeRun) -> None:
+        self._clock = float(run.ends[-1])
+        n, waiting = step.num_decoding, int(self.scheduler.num_waiting > 0)
+        self._log.extend(run.ends, run.seconds, (n, run.tokens, run.used, 0, n, waiting))
 
-    def _retire(self) -> None:
-        """Close the sequences that are complete."""
-        ids, seqs = self._batch.take_complete()
-        if ids.size:
-            self.tables.close(seqs)
-            self._generated[ids] = np.array([self._output[i] for i in ids])
-            self._finish[ids] = self._clock
-            self._num_done += ids.size
+    def _note(self, output: StepOutput) -> None:
+        for name in output.started:
+            self._first_token[int(name)] = self._clock
+        for request in output.finished:
+            index = int(request.request_id)
+            self._generated[index] = request.completions[0].num_tokens
+            self._finish[index] = self._clock
+            self._preemptions[index] = request.num_preemptions
+            self._found[index] = request.num_found_tokens
+            self._num_done += 1
+
+
+def exact_after(lengths: Int64, steps: Int64, limit: int) -> Int64:
+    """Return the sum of ``min(length, limit)`` after each number of steps."""
+    short = lengths[lengths < limit]
+    exact = np.full(steps.size, (lengths.size - short.size) * limit)
+    if short.size:
+        exact += np.minimum(short[:, None] + steps, limit).sum(axis=0)
+    return exact

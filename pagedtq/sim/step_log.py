@@ -117,6 +117,8 @@ class Outcome(NamedTuple):
         How often each request was preempted.
     rejected : int64[m]
         Requests that no empty pool could hold, in order.
+    found : int64[n]
+        Prompt tokens of each request that were found in pages when it was first admitted.
     """
 
     log: StepLog
@@ -125,3 +127,4 @@ class Outcome(NamedTuple):
     finish: Float64
     preemptions: Int64
     rejected: Int64
+    found: Int64

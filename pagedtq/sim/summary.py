@@ -8,8 +8,8 @@ import numpy as np
 from .. import __version__
 from ..config import PAGE_SIZES, CacheConfig
 from ..models import ModelShape
+from ..serving.generation import SchedulerOptions
 from ..sizing import Capacity, Format
-from .batch import BatchingOptions
 from .cost_model import CostModel, Hardware
 from .report import SCHEMA, FormatReport, SimulationReport, Timeline, WorkloadSummary
 from .step_log import Outcome
@@ -50,6 +50,7 @@ def summarise_format(
     stored, taken = (float((x * log.seconds).sum()) for x in (log.tokens, slots))
     delay = (outcome.first_token - workload.arrival)[served]
     prefilled, prompts = int(log.prefilled.sum()), int(workload.prompt_tokens[served].sum())
+    found = int(outcome.found[served].sum())
     processed = prefilled + int(log.decoded.sum())
     return FormatReport(
         name=storage.name,
@@ -62,7 +63,8 @@ def summarise_format(
         rejection=_rejection(workload, outcome, capacity),
         prompt_tokens=prompts,
         output_tokens=output_tokens,
-        tokens_recomputed=prefilled - prompts,
+        tokens_found=found,
+        tokens_recomputed=prefilled + found - prompts,
         preemptions=int(outcome.preemptions.sum()),
         requests_preempted=int(np.count_nonzero(outcome.preemptions)),
         steps=len(log),
@@ -101,7 +103,7 @@ def build_report(
     workload: Workload,
     model: ModelShape,
     hardware: Hardware,
-    options: BatchingOptions,
+    options: SchedulerOptions,
     budget_bytes: int,
     page_size: int,
     formats: list[FormatReport],
@@ -126,6 +128,8 @@ def _timeline(outcome: Outcome, capacity: Capacity) -> Timeline:
         return Timeline(seconds=[], running=[], tokens=[], occupancy=[], utilisation=[])
     edges = np.linspace(0, log.end[-1], NUM_BINS + 1)
     tokens, pages = log.binned(log.tokens, edges), log.binned(log.pages, edges)
+    # Without sharing only rounding leads above 1.
+    most = float("inf") if outcome.found.any() else 1.0
     return Timeline(
         seconds=((edges[1:] + edges[:-1]) / 2).tolist(),
         running=log.binned(log.running, edges).tolist(),
@@ -133,7 +137,7 @@ def _timeline(outcome: Outcome, capacity: Capacity) -> Timeline:
         occupancy=(pages / capacity.usable_pages).tolist(),
         # Rounding of the integrals leaves a trace of pages in idle bins.
         utilisation=[
-            min(t / (p * capacity.page_size), 1.0) if p > 1e-6 else None
+            min(t / (p * capacity.page_size), most) if p > 1e-6 else None
             for t, p in zip(tokens.tolist(), pages.tolist())
         ],
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from ..sizing import format_bytes
 from .report import ExecutionReport, SimulationReport
+from .sweep import SweepReport
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -54,11 +55,38 @@ def report_table(report: SimulationReport) -> str:
         for f in report.formats
     ]
     lines = [title, "", format_table(header, rows)]
+    lines += [
+        f"{f.name}: {f.tokens_found / f.prompt_tokens:.2%} of the prompt tokens found in pages"
+        for f in report.formats
+        if f.tokens_found
+    ]
     lines += [f"{f.name}: {f.rejection}" for f in report.formats if f.rejection]
     executed = [(f.name, f.execution) for f in report.formats if f.execution is not None]
     if executed:
         lines += ["", _execution_table(executed)]
     return "\n".join(lines)
+
+
+def sweep_table(report: SweepReport) -> str:
+    """Return the hit rates of all formats and budgets as text."""
+    title = (
+        f"{report.model.name}, pages of {report.page_size} tokens; {report.num_requests} requests "
+        f"({report.workload}); an endless cache finds {report.ideal_hit_rate:.2%}"
+    )
+    header = ("format", "budget", "pages", "found", "first token", "p99", "preempted", "rejected")
+    rows = [
+        (
+            point.name,
+            format_bytes(point.budget_bytes),
+            str(point.num_pages),
+            f"{point.hit_rate:.2%}",
+            *(f"{point.first_token_seconds.get(key, 0):.1f} s" for key in ("p50", "p99")),
+            str(point.preemptions),
+            str(point.requests_rejected),
+        )
+        for point in report.points
+    ]
+    return "\n".join([title, "", format_table(header, rows)])
 
 
 def _execution_table(executed: Sequence[tuple[str, ExecutionReport]]) -> str:

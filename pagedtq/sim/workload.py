@@ -120,6 +120,35 @@ class Workload:
         factor = (len(self) - 1) / requests_per_second / span if span else 1.0
         return replace(self, arrival=self.arrival * factor)
 
+    def block_keys(self, index: int, page_size: int) -> list[bytes] | None:
+        """Return the keys of a prompt's whole pages, None if its content is not known.
+
+        A page is a part of a block of ``HASH_BLOCK_TOKENS``. The id of a block stands for all its
+        tokens, so the parts of a last, partial block are named by it as well.
+
+        Parameters
+        ----------
+        index : int
+            The request.
+        page_size : int
+            Tokens of a page; divides ``HASH_BLOCK_TOKENS``.
+        """
+        if self.hash_ids is None or self.hash_offsets is None:
+            return None
+        parts, rest = divmod(HASH_BLOCK_TOKENS, page_size)
+        if rest:
+            raise ArgumentError(
+                f"blocks of {HASH_BLOCK_TOKENS} tokens do not divide into pages of {page_size}"
+            )
+        blocks = self.hash_ids[self.hash_offsets[index] : self.hash_offsets[index + 1]]
+        whole = int(self.prompt_tokens[index]) // page_size
+        # Ids are below 2**63, so that a key needs its nine bytes.
+        return [
+            (block * parts + part).to_bytes(9, "little")
+            for block in blocks.tolist()
+            for part in range(parts)
+        ][:whole]
+
     @property
     def rate(self) -> float:
         """Mean arrivals per second; infinity if all requests arrive at once."""

@@ -14,6 +14,7 @@ from ..cache import MemoryReport, PagedKVCache
 from ..config import CacheConfig, Dtype, Exact
 from ..errors import ArgumentError, CapacityError, UnsupportedError
 from ..paging.eviction import EvictionPolicy
+from ..paging.shared_prefixes import BlockChain
 from ..paging.step_plan import StepPlan
 from .quantiles import ErrorQuantiles, LogHistogram
 
@@ -147,7 +148,7 @@ class ShadowedCache(PagedKVCache):
 
     def open(
         self,
-        token_ids: Sequence[int] | Array | None = None,
+        token_ids: Sequence[int] | Array | BlockChain | None = None,
         *,
         salt: bytes = b"",
         extra_keys: Mapping[int, bytes] | None = None,

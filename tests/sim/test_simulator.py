@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pagedtq.errors import ConfigError
 from pagedtq.models import MODELS
-from pagedtq.sim.batch import BatchingOptions
+from pagedtq.serving import SchedulerOptions
 from pagedtq.sim.cost_model import CostModel, Hardware
 from pagedtq.sim.generator import azure_conversation
 from pagedtq.sim.simulator import Simulator
@@ -28,7 +28,7 @@ def requests(*lengths, arrival=None):
     return Workload("test", times, prompt, output)
 
 
-def make(workload, pages, *, slots=0, **options):
+def make(workload, pages, *, slots=0, fast_forward=True, **options):
     """Return a simulator over a pool of so many usable pages of 16 tokens."""
     config = Format.parse("k4v4" if slots else "k4v4-w0").config(TINY, PAGE)
     capacity = Capacity(
@@ -40,8 +40,9 @@ def make(workload, pages, *, slots=0, **options):
     )
     # No step overhead: differences in bytes would vanish beside it.
     cost = CostModel(TINY, config, Hardware(step_overhead=0.0))
-    chosen = BatchingOptions(**options)
-    return Simulator(workload, config, capacity, cost, chosen), capacity, cost, chosen
+    chosen = SchedulerOptions(**options)
+    simulator = Simulator(workload, config, capacity, cost, chosen, fast_forward=fast_forward)
+    return simulator, capacity, cost, chosen
 
 
 def run(workload, pages, **options):
@@ -232,4 +233,4 @@ def test_progress_is_reported_up_to_the_last_request():
 )
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ConfigError):
-        BatchingOptions(**options)
+        SchedulerOptions(**options)

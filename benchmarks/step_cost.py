@@ -1,0 +1,117 @@
+"""What one decode step costs the control plane: flat in the size of the pool, linear in sequences.
+
+A step is one token for every running sequence; lengths are random, so that a sixty-fourth of them
+begin a page. Four callers, in the same run:
+
+* tables: ``reserve`` and ``commit`` alone
+* tables, shared: the same with prefix sharing, so that full blocks are hashed and published
+* scheduler: ``schedule`` and ``update`` of the reference scheduler, tokens kept, stop token watched
+* scheduler, shared: the same with prefix sharing
+
+CPU time of the process, so that other work on the machine counts little; the least and the median
+of the steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from benchmarks.report import arguments, publish
+from pagedtq.paging import PageTables, SharingOptions
+from pagedtq.serving import GenerationRequest, Scheduler, SchedulerOptions
+
+PAGE_SIZE = 64
+POOLS = (10_000, 30_000, 100_000, 300_000)
+SEQUENCES = (64, 128, 256, 512, 1024, 2048, 4096)
+CALLERS = ("tables", "tables, shared", "scheduler", "scheduler, shared")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = arguments("step_cost", __doc__, argv)
+    repeats = 20 if options.quick else 200
+    rows = []
+    for axis, cases in (
+        ("pool", [(1024, pages) for pages in POOLS]),
+        ("sequences", [(count, 100_000) for count in SEQUENCES]),
+    ):
+        for count, pages in cases:
+            lengths = np.random.default_rng(options.seed).integers(1, 384, count)
+            costs = {name: step_us(name, lengths, pages, repeats) for name in CALLERS}
+            rows += [
+                {
+                    "axis": axis,
+                    "sequences": count,
+                    "pages": pages,
+                    "caller": name,
+                    "min us": least,
+                    "median us": median,
+                    "ns per sequence": 1e3 * median / count,
+                    "x tables": median / costs[name.replace("scheduler", "tables")][1],
+                }
+                for name, (least, median) in costs.items()
+            ]
+    publish(
+        "step_cost",
+        rows,
+        notes=(f"pages of {PAGE_SIZE} tokens; {repeats} steps each; no window",),
+        json_path=options.json,
+        seed=options.seed,
+        quick=options.quick,
+    )
+
+
+def step_us(caller: str, lengths: np.ndarray, pages: int, repeats: int) -> tuple[float, float]:
+    """Return the least and the median cost of a step in microseconds."""
+    sharing = SharingOptions() if "shared" in caller else None
+    tables = PageTables(PAGE_SIZE, pages, sharing=sharing)
+    make = running_scheduler if "scheduler" in caller else running_tables
+    step = make(tables, lengths, repeats)
+    seconds = np.empty(repeats + 5)
+    for i in range(seconds.size):
+        start = time.process_time()
+        step()
+        seconds[i] = time.process_time() - start
+    return 1e6 * float(seconds[5:].min()), 1e6 * float(np.median(seconds[5:]))
+
+
+def running_tables(tables: PageTables, lengths: np.ndarray, repeats: int) -> Callable[[], None]:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 1000, length) for length in lengths.tolist()]
+    seq_ids = np.array([tables.open(prompt) for prompt in prompts])
+    tables.commit(tables.reserve(seq_ids, lengths))
+    sampled = np.arange(lengths.size, dtype=np.int32)
+
+    def step() -> None:
+        tables.commit(tables.reserve(seq_ids, 1, sampled))
+
+    return step
+
+
+def running_scheduler(tables: PageTables, lengths: np.ndarray, repeats: int) -> Callable[[], None]:
+    options = SchedulerOptions(max_running=lengths.size, step_tokens=1 << 22, admission="chunk")
+    scheduler = Scheduler(tables, options)
+    rng = np.random.default_rng(0)
+    for at, length in enumerate(lengths.tolist()):
+        request = GenerationRequest(
+            request_id=str(at),
+            prompt=rng.integers(0, 1000, length),
+            max_tokens=repeats + 20,
+            stop_token_ids=(1 << 20,),
+        )
+        scheduler.add(request)
+    sampled = np.arange(lengths.size, dtype=np.int32)
+
+    def step() -> None:
+        scheduler.schedule()
+        scheduler.update(sampled)
+
+    step()
+    assert scheduler.num_running == lengths.size and not scheduler.num_waiting
+    return step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""A reference scheduler: continuous batching over page tables, one vectorised step at a time.
+
+The engine's loop::
+
+    scheduler.add(request)
+    while scheduler.has_work:
+        step = scheduler.schedule()          # pages are taken: where every token goes
+        ...                                  # compute, and sample once per step.sample_members
+        output = scheduler.update(tokens)    # stored for good; who is done
+
+A sequence of ``p`` prompt and ``o`` output tokens stores ``p + o - 1``: the prompt's last token
+samples the first output token, each decode step stores the token sampled last, and the very last
+one is never stored. Who runs is decided in `planning`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import (
+    ArgumentError,
+    StepError,
+)
+from ..paging.arguments import Int32, Int64
+from ..paging.page_tables import PageTables
+from ..paging.shared_prefixes import Tokens
+from ..paging.step_plan import StepPlan
+from .continuation import Continuation
+from .generation import (
+    ScheduledStep,
+    SchedulerOptions,
+    StepOutput,
+)
+from .jobs import Prefill
+from .preemption import PreemptionCosts
+
+if TYPE_CHECKING:
+    from ..cache import PagedKVCache
+
+
+class Scheduler(Continuation):
+    """Serves requests in steps; see the module.
+
+    Parameters
+    ----------
+    cache : PageTables or PagedKVCache
+        What gives the pages. Sequences that others open there only make it fuller.
+    options : SchedulerOptions, optional
+        How steps are put together.
+    track_tokens : bool
+        Whether `update` is given the tokens sampled. Without them only lengths are scheduled, as a
+        simulation does: nothing stops early, and generated tokens are not shared.
+    costs : PreemptionCosts, optional
+        What the machine takes to move bytes and to compute tokens, for ``preemption="auto"``.
+    page_bytes : int, optional
+        Bytes of a page, for the same; a cache knows its own.
+
+    Attributes
+    ----------
+    tables : PageTables
+        The page tables.
+    stats : SchedulerStats
+        Counts since the beginning.
+
+    Raises
+    ------
+    ArgumentError
+        If the tables share whole prompts, so that nothing would be left to sample from, or costs
+        are to be compared and not known.
+    """
+
+    def __init__(
+        self,
+        cache: PageTables | PagedKVCache,
+        options: SchedulerOptions | None = None,
+        *,
+        track_tokens: bool = True,
+        costs: PreemptionCosts | None = None,
+        page_bytes: int | None = None,
+    ) -> None:
+        super().__init__(
+            cache, options, track_tokens=track_tokens, costs=costs, page_bytes=page_bytes
+        )
+        self._chunks: list[tuple[Prefill, int]] = []
+
+    # -- looking -----------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._jobs)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests, or sequences of them, that wait for room."""
+        return len(self._waiting)
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens stored by prompts that are not done."""
+        return sum(prefill.done for prefill in self._prefills)
+
+    @property
+    def lengths(self) -> Int64:
+        """Tokens stored by each decoding sequence, ``int64[n]``; not to be written."""
+        return self._batch.length
+
+    def pages_ahead(self, num_steps: int) -> Int64:
+        """Return the pages that decoding takes in all after each of the next steps."""
+        return self._batch.pages_taken(num_steps)
+
+    def members(self, step: ScheduledStep) -> list[str]:
+        """Return the request of each member of the open step."""
+        self._opened("members")
+        jobs = self._jobs
+        decoding = [jobs[number].request.request_id for number in self._batch.number.tolist()]
+        return decoding + [name for name, _, _ in step.chunks]
+
+    # -- steps -------------------------------------------------------------------------------
+
+    def schedule(self, choose_steps: Callable[[int], int] | None = None) -> ScheduledStep | None:
+        """Open the next step: decide who runs, and take the pages.
+
+        Parameters
+        ----------
+        choose_steps : callable, optional
+            Called when several decode steps in a row would have the same members: given how many,
+            it returns how many to take as one. Only without ``track_tokens``.
+
+        Returns
+        -------
+        ScheduledStep or None
+            None if nothing can run now: nothing waits, or others hold the pages.
+
+        Raises
+        ------
+        StepError
+            If a step is open.
+        """
+        if self._open is not None:
+            raise StepError("schedule must wait: a step is open, update or abort it first")
+        preempted = self._make_room()
+        chunks = self._plan_chunks(admit=not preempted)
+        batch = self._batch
+        if not batch.size and not chunks:
+            return None
+        steps = 1
+        if choose_steps is not None and not (preempted or self._prefills or self._forked):
+            steps = self._choose(choose_steps)
+        seqs, new = batch.seqs, np.full(batch.size, steps)
+        samples = np.arange(batch.size)
+        told: list[tuple[str, int, bool]] = []
+        if chunks:
+            seqs = np.append(seqs, [prefill.seq_id for prefill, _ in chunks])
+            new = np.append(new, [count for _, count in chunks])
+            ends = [prefill.done + n == prefill.entry.target for prefill, n in chunks]
+            width = [prefill.entry.width * end for (prefill, _), end in zip(chunks, ends)]
+            samples = np.append(samples, batch.size + np.repeat(np.arange(len(chunks)), width))
+            told = [
+                (prefill.entry.job.request.request_id, n, end)
+                for (prefill, n), end in zip(chunks, ends)
+            ]
+        tokens = self._tokens_of(chunks) if self._track_tokens else None
+        plan = self._begin(seqs, new, tokens)
+        self._chunks = chunks
+        swaps, self._swaps = self._swaps, []
+        self._open = ScheduledStep(plan, batch.size, told, samples, tokens, preempted, steps, swaps)
+        return self._open
+
+    def _choose(self, choose_steps: Callable[[int], int]) -> int:
+        if self._track_tokens:
+            raise StepError("steps can be taken as one only without track_tokens")
+        limit = int(self._batch.left.min())
+        taken = self._batch.pages_taken(limit)
+        most = int(np.searchsorted(taken, self.tables.pool.num_free, side="right"))
+        steps = choose_steps(most)
+        if not 1 <= steps <= most:
+            raise ArgumentError(f"expected to take 1 to {most} steps as one, got {steps}")
+        return steps
+
+    def _tokens_of(self, chunks: list[tuple[Prefill, int]]) -> Int32:
+        """Return the tokens a step computes, member after member; zeros for unknown ones."""
+        last = self._batch.last.copy()
+        if not chunks:
+            return last
+        parts = [last]
+        for prefill, count in chunks:
+            entry, start = prefill.entry, prefill.done
+            whole = np.zeros(entry.target, np.int32)
+            if entry.job.tokens is not None:
+                whole[: entry.job.num_prompt] = entry.job.tokens
+            if entry.outputs is not None:
+                whole[entry.job.num_prompt :] = entry.outputs
+            parts.append(whole[start : start + count])
+        return np.concatenate(parts)
+
+    def _begin(self, seqs: Int64, new: Int64, tokens: Int32 | None) -> StepPlan:
+        if isinstance(self._cache, PageTables):
+            return self._cache.reserve(seqs, new, tokens)
+        return self._cache.begin_step(seqs, new, tokens)
+
+    def _opened(self, verb: str) -> ScheduledStep:
+        if self._open is None:
+            raise StepError(f"{verb} needs an open step; call schedule first")
+        return self._open
+
+    def abort_step(self) -> None:
+        """Give the open step up: as if it had never been scheduled, preemptions aside.
+
+        Raises
+        ------
+        StepError
+            If no step is open.
+        """
+        step = self._opened("abort_step")
+        if isinstance(self._cache, PageTables):
+            self._cache.abort(step.plan)
+        else:
+            self._cache.abort_step()
+        self._open = None
+        self._forked = bool(self._batch.size)
+        for name in self._take_aborting():
+            self._drop(name)
+
+    def update(self, tokens: Tokens | None = None, parents: Any = None) -> StepOutput:
+        """End the open step: its tokens are stored, and new ones were sampled.
+
+        Parameters
+        ----------
+        tokens : int32[m]
+            One per entry of ``sample_members``; None without ``track_tokens``.
+        parents : int64[m], optional
+            For beam search: the member of the step that each token continues, instead of
+            ``sample_members``; of the same request. Hypotheses without a child are dropped.
+
+        Raises
+        ------
+        StepError
+            If no step is open (or, of a cache, not all layers are stored).
+        ArgumentError, ArgumentTypeError
+            If there is not one token per sample, or a parent is of another request. The step stays
+            open.
+        """
+        step = self._opened("update")
+        sampled = self._checked_tokens(step, tokens)
+        chosen = None if parents is None else self._checked_parents(step, parents)
+        if isinstance(self._cache, PageTables):
+            self._cache.commit(step.plan)
+        else:
+            self._cache.commit()
+        self._open, self._forked = None, False
+        batch = self._batch
+        batch.advance(step.num_steps)
+        if chosen is not None:
+            self._continue_beams(chosen[: batch.size])
+        if sampled is not None:
+            batch.last[:] = sampled[: batch.size]
+            self._token_rows.write(batch.token_rows, batch.generated - 1, batch.last)
+        finished = self._retire(0)
+        begun, started = batch.size, []
+        for prefill, count in self._chunks:
+            prefill.done += count
+            if prefill.done == prefill.entry.target:
+                if not prefill.entry.job.started:
+                    prefill.entry.job.started = True
+                    started.append(prefill.entry.job.request.request_id)
+                at = step.num_decoding + batch.size - begun
+                self._start_decoding(prefill, None if sampled is None else sampled[at:])
+        if self._chunks:
+            self._prefills = [p for p in self._prefills if p.done < p.entry.target]
+            self._chunks = []
+            finished += self._retire(begun)
+        finished += [self._drop(name) for name in self._take_aborting()]
+        return StepOutput(finished, started)

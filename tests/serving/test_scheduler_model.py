@@ -1,0 +1,47 @@
+"""Every decision of the scheduler is that of one written naively, step by step."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.serving.naive_scheduler import NaiveScheduler
+from tests.serving.paged_engine import PagedEngine
+from tests.serving.test_scheduler import SIZE, assert_drained, rules, scheduler_of, streams
+
+
+@given(streams(), rules, st.integers(11, 40), st.booleans())
+@settings(max_examples=150)
+def test_every_step_is_that_of_a_scheduler_written_naively(stream, options, num_pages, sharing):
+    requests, times = stream
+    scheduler = scheduler_of(num_pages, sharing=sharing, **options)
+    naive = NaiveScheduler(num_pages, SIZE, sharing, scheduler.options)
+    engine, now, coming, found = PagedEngine(scheduler), 0, 0, {}
+    while coming < len(requests) or scheduler.has_work:
+        while coming < len(requests) and times[coming] <= now:
+            scheduler.add(requests[coming])
+            naive.add(requests[coming])
+            coming += 1
+        now += 1
+        step = scheduler.schedule()
+        if step is None:
+            continue
+        members, free = scheduler.members(step), scheduler.tables.pool.num_free
+        output = engine.run_step(step)
+        preempted, names, chunks, expected_free, finished = naive.step()
+        assert step.preempted == preempted
+        assert members == names
+        assert step.chunks == chunks
+        assert free == expected_free
+        assert scheduler.tables.pool.num_free == len(naive.free)
+        assert (scheduler.num_waiting, scheduler.num_running) == (
+            len(naive.waiting),
+            len(naive.decoding) + sum(s.width for s in naive.prefills),
+        )
+        for done in output.finished:
+            found[done.request_id] = done.num_found_tokens
+        ended = {name for name, _, _ in finished}
+        assert {done.request_id for done in output.finished} <= ended
+    assert found == naive.found
+    assert not naive.decoding and not naive.waiting
+    assert_drained(scheduler)
