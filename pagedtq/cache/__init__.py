@@ -1,6 +1,14 @@
 """The cache: page tables and page bytes joined."""
 
 from .kv_cache import PagedKVCache
+from .page_rankings import AttentionMass, NormRatio, QueryBounds
 from .reports import CacheStats, MemoryReport
 
-__all__ = ["CacheStats", "MemoryReport", "PagedKVCache"]
+__all__ = [
+    "AttentionMass",
+    "CacheStats",
+    "MemoryReport",
+    "NormRatio",
+    "PagedKVCache",
+    "QueryBounds",
+]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backends import Backend
+from ..backends.host_bounds import PageBounds
 from ..backends.host_score import PageStats, Scores, page_stats
 from ..backends.states import add_sink, merge_states
 from ..config import CacheConfig
@@ -150,9 +151,62 @@ class CacheReads:
             scores, queries, self.tables.window_slots(ids), self.tables.sink_records(ids), reads
         )
 
-    def page_stats(self, scores: Scores) -> PageStats:
-        """Reduce `score`'s result to a maximum and a softmax mass per page."""
-        return page_stats(scores, self.config.page_size)
+    def page_stats(self, scores: Scores, sm_scale: float = 1.0) -> PageStats:
+        """Reduce `score`'s result to a maximum and a softmax mass per page.
+
+        Parameters
+        ----------
+        scores : Scores
+            What `score` returned.
+        sm_scale : float
+            Scale of the logits in the mass.
+        """
+        return page_stats(scores, self.config.page_size, sm_scale)
+
+    def score_bounds(self, layer: int, queries: Array, seq_ids: SeqIds) -> PageBounds:
+        """Bound `score`'s result by page, from the key bounds alone: no code is read.
+
+        Parameters
+        ----------
+        layer : int
+            A layer with key bounds (``key_bounds=True`` and TurboQuant keys).
+        queries : ndarray ``[batch, num_q_heads, head_dim]``
+            One query token per sequence.
+        seq_ids : int or sequence of int
+            The batch.
+
+        Returns
+        -------
+        PageBounds
+            Of the blocks that lie wholly below the exact window's ring; no entry is below a score
+            of its page, the exact ones of sinks included.
+
+        Raises
+        ------
+        UnsupportedError
+            If the layer keeps no bounds.
+        """
+        ids = self._readable(layer, seq_ids)
+        overlay = self.config.has_overlay(layer)
+        reads = self.tables.reads(ids, overlay)
+        bounds = self.backend.score_bounds(layer, queries, self.tables.block_table(ids), reads)
+        if not (overlay and reads.first.any()):
+            return bounds
+        values = bounds.values
+        nothing = Scores(values[:, :0], np.zeros(len(ids) + 1, np.int64), np.zeros(0, np.int64))
+        sinks = self.backend.window(layer).add_scores(
+            nothing,
+            queries,
+            self.tables.window_slots(ids),
+            self.tables.sink_records(ids),
+            reads._replace(stop=reads.kv_lens),
+        )
+        for index, begin in enumerate(bounds.indptr[:-1].tolist()):
+            exact, _ = sinks.of(index)
+            first = begin < bounds.indptr[index + 1] and bounds.blocks[begin] == 0
+            if first and exact.shape[1]:
+                values[:, begin] = np.maximum(values[:, begin], exact.max(axis=1))
+        return bounds
 
     def load(self, layer: int, seq_id: int, exact: bool = True) -> tuple[Array, Array, Array]:
         """Return what `attend` would read of a sequence, dense.

@@ -2,9 +2,12 @@
 
 from .adoption import AdoptionPlan, ExtractedSequences
 from .block_keys import BlockHasher
-from .eviction import EvictionPlan, KeepFirstLast
+from .candidates import BlockList, evictable_blocks, sealed_blocks
+from .evict_lowest import EvictLowest, plan_free
+from .eviction import EvictionPlan, EvictionPolicy, KeepFirstLast
 from .layout import PageLayout
 from .page_pool import PagePool
+from .page_scores import OldestFirst, PageRanking, PageScores, RandomOrder
 from .page_tables import PageTables
 from .prefix_index import PrefixIndex, PrefixObserver
 from .sequence_image import SequenceImage, check_image
@@ -16,15 +19,22 @@ from .window_pool import WindowPool
 __all__ = [
     "AdoptionPlan",
     "BlockHasher",
+    "BlockList",
+    "EvictLowest",
     "EvictionPlan",
+    "EvictionPolicy",
     "ExtractedSequences",
     "KeepFirstLast",
+    "OldestFirst",
     "PageIndices",
     "PageLayout",
     "PagePool",
+    "PageRanking",
+    "PageScores",
     "PageTables",
     "PrefixIndex",
     "PrefixObserver",
+    "RandomOrder",
     "Reads",
     "SequenceImage",
     "SequenceState",
@@ -32,4 +42,7 @@ __all__ = [
     "StepPlan",
     "WindowPool",
     "check_image",
+    "evictable_blocks",
+    "plan_free",
+    "sealed_blocks",
 ]

@@ -8,7 +8,7 @@ from ..errors import OutOfPages, OutOfWindowSlots, StepError
 from .arguments import Bools, Int32, Int64, Integers, ranges, token_counts
 from .published_blocks import NO_MEMBERS, PublishedBlocks
 from .shared_prefixes import Tokens
-from .step_plan import NO_COPIES, PageCopies, SequenceState, StepPlan
+from .step_plan import NO_COPIES, NO_IDS, PageCopies, SequenceState, StepPlan
 
 
 class Steps(PublishedBlocks):
@@ -169,6 +169,16 @@ class Steps(PublishedBlocks):
         """
         self._end_step(plan, "abort")
         return self._cut(plan.rows, plan.old.length)
+
+    def pages_in_flight(self) -> Int32:
+        """Return pages that work under way reads or writes: those of the open step's members.
+
+        No eviction policy takes them; a page may be listed twice.
+        """
+        if self._step is None:
+            return NO_IDS
+        pages = self._table[self._step.rows]
+        return pages[pages > 0]
 
     def _refuse_open_step(self, operation: str) -> None:
         if self._step is not None:
