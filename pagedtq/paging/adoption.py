@@ -168,6 +168,10 @@ class Adoption(Steps):
         ids, rows = self._new_rows(len(image.states))
         self.version += 1
         pages = np.concatenate((np.zeros(1, np.int32), self.pool.acquire(image.num_pages)))
+        if self.prefix is not None:
+            # What the pages held can be found no longer; what they hold now has no tokens.
+            self._forget(pages[1:])
+            self._known[rows] = -1
         self.pool.retain(pages[_repeats(image.blocks)])
         slots = self.windows.acquire(image.num_rings)
         self.windows.retain(slots[_repeats(image.rings + 1) - 1])
