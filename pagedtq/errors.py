@@ -125,6 +125,13 @@ class OutOfEvictablePages(CapacityError):
         self.args = (f"need {need} {self.unit}, found {free} of {total} in use; {self.remedy}",)
 
 
+class PinLimit(CapacityError):
+    """More pages would be pinned than may be; ``free`` counts those that still may."""
+
+    unit = "pins"
+    remedy = "unpin pages or raise max_pinned_share"
+
+
 class OutOfWindowSlots(CapacityError):
     """No window slot is left for a sequence that must write its exact window."""
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..backends.dtypes import check_shape
 from ..backends.host_score import PageStats
 from ..errors import ArgumentError, ArgumentTypeError
 from ..paging.arguments import Int32, Int64, Integers, integers
 from ..paging.candidates import sealed_blocks
-from ..paging.page_scores import PageScores
+from ..paging.page_scores import PageScores, places_in
 from ..paging.page_tables import PageTables
 from .reads import CacheReads, SeqIds
 
@@ -91,6 +92,9 @@ class QueryBounds:
         self._cache = cache
         self._ids = cache._ids(seq_ids)
         self.layers = checked_layers(cache, list(queries))
+        shape = (self._ids.size, None, cache.config.head_dim)
+        for layer, one in queries.items():
+            check_shape(one, f"queries of layer {layer}", shape, "sequences, heads, head_dim")
         self._queries = dict(queries)
         self._scale = cache.config.head_dim**-0.5 if sm_scale is None else sm_scale
 
@@ -106,12 +110,9 @@ class QueryBounds:
         """
         _check_tables(self._cache, tables)
         ids = integers("seq_ids", seq_ids)
-        order = np.argsort(self._ids)
-        at = np.searchsorted(self._ids, ids, sorter=order)
-        rows = order[np.minimum(at, self._ids.size - 1)]
-        lacking = self._ids[rows] != ids
-        if lacking.any():
-            raise ArgumentError(f"there are no queries of sequence {int(ids[lacking][0])}")
+        rows = places_in(self._ids, ids)
+        if (rows < 0).any():
+            raise ArgumentError(f"there are no queries of sequence {int(ids[rows < 0][0])}")
         found = sealed_blocks(tables, ids)
         total = np.zeros(found.blocks.size)
         for layer in self.layers:

@@ -10,6 +10,7 @@ from .page_pool import PagePool
 from .page_scores import OldestFirst, PageRanking, PageScores, RandomOrder
 from .page_tables import PageTables
 from .prefix_index import PrefixIndex, PrefixObserver
+from .retention import ByPriority, Retention
 from .sequence_image import SequenceImage, check_image
 from .shared_prefixes import SharingOptions
 from .step_plan import SequenceState, StepPlan
@@ -20,6 +21,7 @@ __all__ = [
     "AdoptionPlan",
     "BlockHasher",
     "BlockList",
+    "ByPriority",
     "EvictLowest",
     "EvictionPlan",
     "EvictionPolicy",
@@ -36,6 +38,7 @@ __all__ = [
     "PrefixObserver",
     "RandomOrder",
     "Reads",
+    "Retention",
     "SequenceImage",
     "SequenceState",
     "SharingOptions",

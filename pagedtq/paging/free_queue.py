@@ -1,5 +1,7 @@
 """The queue of free ids: first in, first out, with removal from the middle.
 
+It decides which cached page is re-used next: the one that was freed longest ago.
+
 Order is that of a linked list. The list is an array that is read at its head and written at its
 tail; an id taken from the middle leaves a hole (-1) that later pops step over. When the tail meets
 the end of the array, what is left is moved to its front, without the holes: as the array is twice
@@ -101,8 +103,7 @@ class FreeQueue:
 
     def ids(self) -> Int32:
         """Return the queue from head to tail."""
-        waiting = self._ring[self._head : self._tail]
-        return waiting[waiting >= 0]
+        return self._waiting()
 
     def check_integrity(self) -> None:
         """Prove that places and counts are right.
@@ -111,7 +112,7 @@ class FreeQueue:
         ------
         IntegrityError
         """
-        waiting = self.ids()
+        waiting = self._waiting()
         if waiting.size != self._size:
             raise IntegrityError(f"{waiting.size} ids are in a free queue that counts {self._size}")
         if not np.array_equal(self._ring[self._place[waiting]], waiting):
@@ -130,8 +131,12 @@ class FreeQueue:
         self._head += int(live[count]) if live.size > count else ahead.size
         return taken
 
+    def _waiting(self) -> Int32:
+        waiting = self._ring[self._head : self._tail]
+        return waiting[waiting >= 0]
+
     def _compact(self) -> None:
-        waiting = self.ids()
+        waiting = self._waiting()
         self._ring[: waiting.size] = waiting
         self._place[waiting] = np.arange(waiting.size)
         self._head, self._tail = 0, waiting.size

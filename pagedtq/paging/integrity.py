@@ -77,6 +77,8 @@ def _check_pages(tables: SharedPrefixes, rows: Int64) -> None:
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)
     _require(~twice.any(axis=1), rows, "holds a page twice")
     held = np.bincount(table[table > 0], minlength=tables.pool.num_pages)
+    if tables.retention is not None:
+        held += tables.retention.pinned
     tables.pool.check_integrity(held)
 
 
@@ -95,6 +97,8 @@ def _check_windows(tables: SharedPrefixes, rows: Int64) -> None:
     if tables.num_sinks:
         allowed[tables._table[rows, 0]] = True
         allowed[0] = False
+        if tables.retention is not None:
+            allowed |= tables.retention.pinned
     recorded = tables.windows.sink_record >= 0
     resting = np.zeros_like(allowed)
     resting[tables.windows.resting_pages] = True
@@ -114,6 +118,10 @@ def _check_prefixes(tables: SharedPrefixes, rows: Int64) -> None:
     if tables.prefix is None:
         return
     tables.prefix.check_integrity()
+    if tables.retention is not None:
+        wrong = np.flatnonzero(tables.retention.pinned & ~tables.prefix.held)
+        if wrong.size:
+            raise IntegrityError(f"page {int(wrong[0])} is pinned, but holds no block")
     size = tables.page_size
     unpaired = set(tables._chains) - set(rows.tolist())
     if unpaired:

@@ -42,12 +42,9 @@ class PageScores(NamedTuple):
         """Return these scores for some of the sequences, in the order given."""
         self.check()
         ids = integers("seq_ids", seq_ids)
-        order = np.argsort(self.seq_ids)
-        at = np.searchsorted(self.seq_ids, ids, sorter=order)
-        known = at < self.seq_ids.size
-        known[known] = self.seq_ids[order[at[known]]] == ids[known]
+        at = places_in(self.seq_ids, ids)
         number = np.full(self.seq_ids.size, -1, np.int64)
-        number[order[at[known]]] = np.flatnonzero(known)
+        number[at[at >= 0]] = np.flatnonzero(at >= 0)
         members = number[self.blocks.members]
         chosen = np.flatnonzero(members >= 0)
         chosen = chosen[np.argsort(members[chosen], kind="stable")]
@@ -117,6 +114,15 @@ class RandomOrder:
         return PageScores(ids, found, bits.astype(np.float64) * 2.0**-53)
 
 
+def places_in(known: Int64, wanted: Int64) -> Int64:
+    """Return where each number stands among distinct known ones, -1 where it does not."""
+    if not known.size:
+        return np.full(wanted.size, -1, np.int64)
+    order = np.argsort(known)
+    at = order[np.minimum(np.searchsorted(known, wanted, sorter=order), known.size - 1)]
+    return np.where(known[at] == wanted, at, -1)
+
+
 def matched_values(scores: PageScores, wanted: BlockList) -> npt.NDArray[np.float64]:
     """Return the score of each block, inf where there is none or the page is another by now.
 
@@ -138,12 +144,8 @@ def matched_values(scores: PageScores, wanted: BlockList) -> npt.NDArray[np.floa
     if not blocks.size or not result.size:
         return result
     width = 1 + max(int(blocks.max()), int(wanted.blocks.max()))
-    keys = members * width + blocks
-    order = np.argsort(keys)
-    looked = wanted.members * width + wanted.blocks
-    at = np.minimum(np.searchsorted(keys, looked, sorter=order), keys.size - 1)
-    there = order[at]
-    same = (keys[there] == looked) & (pages[there] == wanted.pages)
+    there = places_in(members * width + blocks, wanted.members * width + wanted.blocks)
+    same = (there >= 0) & (pages[there] == wanted.pages)
     result[same] = scores.values[there[same]]
     return result
 

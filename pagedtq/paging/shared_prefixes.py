@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,9 @@ from .arguments import Int32, Int64
 from .block_keys import BlockHasher, HashName, extras_of, token_array
 from .prefix_index import PrefixIndex
 from .table_views import TableViews
+
+if TYPE_CHECKING:
+    from .retention import Retention
 
 Tokens = Sequence[int] | npt.NDArray[Any]
 
@@ -102,6 +105,8 @@ class SharedPrefixes(TableViews):
         # Token ids of each page; only rows of pages whose tokens are known mean anything.
         self._page_tokens = np.zeros((num_pages if sharing else 0, page_size), np.int32)
         self._chains: dict[int, BlockChain] = {}
+        #: Priorities and pins, once there are any.
+        self.retention: Retention | None = None
         self._num_opaque = 0
 
     @property
@@ -135,6 +140,8 @@ class SharedPrefixes(TableViews):
         if self.prefix is not None:
             self.windows.release_records(self.windows.resting_pages)
             self.prefix.clear()
+            if self.retention is not None:
+                self.retention.drop(self.pool.free_ids())
         return True
 
     def forget_blocks(self, pages: Tokens) -> int:
@@ -153,8 +160,20 @@ class SharedPrefixes(TableViews):
         before = self.prefix.num_pages_held
         array = np.unique(array)
         self.prefix.forget(array)
+        if self.retention is not None:
+            self.retention.drop(array.astype(np.int32))
         self.windows.release_records(array[self.pool.ref_counts[array] == 0])
         return before - self.prefix.num_pages_held
+
+    def release_pages(self, pages: Int32) -> Int32:
+        """Take one owner from each page that is held apart from any sequence; see `Retention`.
+
+        Returns
+        -------
+        int32[n]
+            Pages that became free.
+        """
+        return self._release_pages(pages)
 
     def extend_keys(self, seq_id: int, block_keys: Sequence[bytes]) -> None:
         """Name further blocks of a sequence that was opened with ``block_keys``.

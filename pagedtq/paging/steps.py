@@ -54,6 +54,8 @@ class Steps(PublishedBlocks):
             If the step as a whole does not fit.
         """
         self._refuse_open_step("reserve")
+        if self.retention is not None:
+            self.retention.refresh()
         rows = self._distinct_rows(seq_ids)
         # A copy: the plan must not change with the caller's array.
         num_new = token_counts("num_new_tokens", num_new_tokens, rows.size).copy()
