@@ -2,12 +2,14 @@
 
 Synthetic decoding: sequences with attention sinks, keys that resemble their neighbours' (a random
 walk), and topics that come back, some of them often (Zipf). A prompt is stored, then tokens are
-decoded one by one; after each, a policy brings the sequence back to its budget. Every step's output
-is compared with that of the same cache without eviction, so that quantisation is on both sides.
+decoded one by one. For the first 32 of them nothing is evicted, so that policies can watch; then a
+policy brings each sequence to its budget, and keeps it there after every step. Outputs are compared
+with those of the same cache without eviction, so that quantisation is on both sides.
 
-Three questions: queries about recurring topics (error over all steps); a needle that is asked for
-now and then; a needle nobody asked for before the last step (error at the needle's queries only).
-All policies protect the first 4 tokens and, but for the last of them, the newest 32.
+Three questions: queries about recurring topics (error over all steps with eviction); a needle that
+is asked for every 16 steps, before eviction begins as well; a needle nobody asked for before the
+last step (error at the needle's queries only). Every policy keeps the first 4 and the newest 32
+tokens.
 """
 
 from __future__ import annotations
@@ -25,16 +27,18 @@ from pagedtq.paging import EvictionPolicy, EvictLowest, OldestFirst, RandomOrder
 HEADS, GROUP, DIM, PAGE = 2, 2, 64, 16
 SINKS, RECENT = 4, 32
 TOPICS = 24
-#: A needle is asked for in every so many steps.
-ASKED = 16
+#: Steps before anything is evicted.
+WATCHED = 32
+#: A needle is asked for every so many steps, the last time 8 steps before eviction begins.
+ASKED, FIRST_ASKED = 16, 7
 
 
 class Draw(NamedTuple):
     """Inputs of a case.
 
-    ``keys, values`` are ``[batch, tokens, HEADS, DIM]``, ``queries`` ``[batch, steps, HEADS * GROUP,
-    DIM]`` of the last steps, ``judged`` the steps whose error counts, ``needle`` the block of each
-    sequence's needle or -1.
+    ``keys, values`` are ``[batch, tokens, HEADS, DIM]``, ``queries`` those of the last tokens,
+    ``[batch, steps, HEADS * GROUP, DIM]``; ``judged`` lists the steps whose error counts, and
+    ``needle`` the block of each sequence's needle, or -1.
     """
 
     keys: np.ndarray
@@ -82,18 +86,15 @@ def draw(case: str, batch: int, prompt: int, steps: int, rng: np.random.Generato
     asked = np.where(same, about[:, prompt:], asked)
     queries = 0.9 * topics[rows, asked] + 0.5 * walk[:, prompt:] + 0.6 * sink
     queries = queries + 0.3 * rng.standard_normal(queries.shape)
-    judged, needle = np.arange(steps), np.full(batch, -1)
+    judged, needle = np.arange(WATCHED + 1, steps), np.full(batch, -1)
     if case != "recurring topics":
         place = rng.integers(2 * PAGE, prompt - 4 * RECENT, batch)
         direction = units(rng, batch, HEADS)
-        keys[np.arange(batch), place] = 1.5 * direction
-        judged = np.array([steps - 1])
-        if case == "needle, asked before":
-            judged = np.arange(ASKED - 1, steps, ASKED)
-            queries[:, judged] = 1.2 * direction[:, None] + 0.6 * sink
-            judged = judged[1:]
-        else:
-            queries[:, judged] = 1.2 * direction[:, None] + 0.6 * sink
+        keys[np.arange(batch), place] = 1.2 * direction
+        often = case == "needle, asked before"
+        asked_at = np.arange(FIRST_ASKED, steps, ASKED) if often else np.array([steps - 1])
+        queries[:, asked_at] = 1.1 * direction[:, None] + 0.6 * sink
+        judged = asked_at[asked_at > WATCHED]
         needle = place // PAGE
     wide = np.repeat(queries, GROUP, axis=2) + 0.1 * rng.standard_normal(
         (batch, steps, HEADS * GROUP, DIM)
@@ -140,9 +141,12 @@ class Run:
             outs.append(out)
             lses.append(lse)
             if policies is not None:
-                for seq_id, policy in zip(self.ids.tolist(), policies(self, step), strict=True):
-                    self.cache.evict(seq_id, policy)
-            resident.append(self.cache.tables.resident_lengths(self.ids).mean())
+                chosen = policies(self, step)
+                for seq_id, one in zip(self.ids.tolist(), chosen, strict=True):
+                    if step >= WATCHED:
+                        self.cache.evict(seq_id, one)
+            if step >= WATCHED:
+                resident.append(self.cache.tables.resident_lengths(self.ids).mean())
         return np.stack(outs, 1), np.stack(lses, 1), float(np.mean(resident))
 
 
@@ -189,7 +193,7 @@ CASES = ("recurring topics", "needle, asked before", "needle, never asked")
 
 def main() -> None:
     options = arguments("eviction", __doc__)
-    batch, prompt, steps = (4, 256, 32) if options.quick else (24, 1024, 160)
+    batch, prompt, steps = (4, 256, 48) if options.quick else (16, 1024, 128)
     rows: list[dict[str, Any]] = []
     notes = []
     for number, case in enumerate(CASES):
@@ -201,8 +205,7 @@ def main() -> None:
             for name in POLICIES:
                 run = Run(given, prompt)
                 out, lse, resident = run.decode(policy(name, budget, options.seed))
-                # The first step sees the whole prompt still.
-                judged = given.judged[given.judged > 0]
+                judged = given.judged
                 size = np.linalg.norm(full_out[:, judged], axis=-1)
                 error = np.linalg.norm((out - full_out)[:, judged], axis=-1) / size
                 kept = np.exp(lse - full_lse)[:, judged]
