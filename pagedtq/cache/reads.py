@@ -190,23 +190,11 @@ class CacheReads:
         overlay = self.config.has_overlay(layer)
         reads = self.tables.reads(ids, overlay)
         bounds = self.backend.score_bounds(layer, queries, self.tables.block_table(ids), reads)
-        if not (overlay and reads.first.any()):
+        if not overlay:
             return bounds
-        values = bounds.values
-        nothing = Scores(values[:, :0], np.zeros(len(ids) + 1, np.int64), np.zeros(0, np.int64))
-        sinks = self.backend.window(layer).add_scores(
-            nothing,
-            queries,
-            self.tables.window_slots(ids),
-            self.tables.sink_records(ids),
-            reads._replace(stop=reads.kv_lens),
+        return self.backend.window(layer).raise_bounds(
+            bounds, queries, self.tables.sink_records(ids), reads
         )
-        for index, begin in enumerate(bounds.indptr[:-1].tolist()):
-            exact, _ = sinks.of(index)
-            first = begin < bounds.indptr[index + 1] and bounds.blocks[begin] == 0
-            if first and exact.shape[1]:
-                values[:, begin] = np.maximum(values[:, begin], exact.max(axis=1))
-        return bounds
 
     def load(self, layer: int, seq_id: int, exact: bool = True) -> tuple[Array, Array, Array]:
         """Return what `attend` would read of a sequence, dense.

@@ -219,7 +219,7 @@ class Retention:
         if not held.size:
             return held
         self._pinned[held] = False
-        return self._tables.release_pages(held)
+        return self._tables._release_pages(held)
 
     def drop(self, pages: Int32) -> None:
         """Take pins and priorities from pages that hold no block any more."""

@@ -165,16 +165,6 @@ class SharedPrefixes(TableViews):
         self.windows.release_records(array[self.pool.ref_counts[array] == 0])
         return before - self.prefix.num_pages_held
 
-    def release_pages(self, pages: Int32) -> Int32:
-        """Take one owner from each page that is held apart from any sequence; see `Retention`.
-
-        Returns
-        -------
-        int32[n]
-            Pages that became free.
-        """
-        return self._release_pages(pages)
-
     def extend_keys(self, seq_id: int, block_keys: Sequence[bytes]) -> None:
         """Name further blocks of a sequence that was opened with ``block_keys``.
 
