@@ -12,7 +12,7 @@ from ..backends.dtypes import check_shape
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, StepError
 from ..paging.arguments import token_counts
-from ..paging.evict_lowest import plan_free
+from ..paging.evict_lowest import EvictLowest, plan_free
 from ..paging.eviction import EvictionPlan, EvictionPolicy, apply, apply_all
 from ..paging.page_scores import PageRanking
 from ..paging.page_tables import PageTables
@@ -170,6 +170,26 @@ class PagedKVCache(CacheReads):
             self._freed(apply(self.tables, what.plan(self.tables, seq_id)))
         else:
             self._freed(self.tables.evict(seq_id, what))
+
+    def evict_many(self, seq_ids: SeqIds, policy: EvictLowest) -> list[EvictionPlan]:
+        """Bring sequences back to their budgets, all at once or not at all.
+
+        Parameters
+        ----------
+        seq_ids : int or sequence of int
+            The sequences; each has the whole budget.
+        policy : EvictLowest
+            Ranking and budget.
+
+        Returns
+        -------
+        list of EvictionPlan
+            What went, one per sequence that lost blocks.
+        """
+        self._refuse_open_step("evict_many")
+        plans = policy.plan_many(self.tables, self._ids(seq_ids))
+        self._freed(apply_all(self.tables, plans))
+        return plans
 
     def free_pages(
         self,

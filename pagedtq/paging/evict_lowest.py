@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ArgumentError, OutOfEvictablePages
-from .arguments import Integers, integer, integers
-from .candidates import evictable_blocks
+from .arguments import Int64, Integers, integer, integers
+from .candidates import BlockList, evictable_blocks
 from .eviction import EvictionPlan
 from .page_scores import PageRanking, matched_values
 
@@ -66,23 +66,54 @@ class EvictLowest:
         ArgumentError
             If a score is NaN.
         """
-        ids = np.array([tables.checked_id(seq_id)])
-        size = tables.page_size
-        resident = int(tables.resident_lengths(ids)[0])
+        plans = self.plan_many(tables, np.array([tables.checked_id(seq_id)]))
+        if plans:
+            return plans[0]
+        reads = tables.reads([seq_id], overlay=True)
+        nothing = np.empty(0, np.int64)
+        return EvictionPlan(int(seq_id), nothing, int(reads.keep[0]), int(reads.start[0]))
+
+    def plan_many(self, tables: PageTables, seq_ids: Integers) -> list[EvictionPlan]:
+        """Return what a batch has to drop, each sequence for its own budget; changes nothing.
+
+        Parameters
+        ----------
+        tables : PageTables
+            The tables.
+        seq_ids : integers [B]
+            Sequences, each at most once.
+
+        Returns
+        -------
+        list of EvictionPlan
+            One per sequence that loses blocks, for `eviction.apply_all`. Sequences within their
+            budget cost next to nothing.
+
+        Raises
+        ------
+        UnknownSequence, ArgumentError, ArgumentTypeError
+            For bad ids or scores.
+        """
+        ids = integers("seq_ids", seq_ids)
+        tables.check_distinct(ids)
+        size, resident = tables.page_size, tables.resident_lengths(ids)
         if self.max_tokens is not None:
             excess = -(-(resident - self.max_tokens) // size)
         else:
             assert self.max_pages is not None
             excess = -(-resident // size) - self.max_pages
-        reads = tables.reads(ids, overlay=True)
-        keep, start = int(reads.keep[0]), int(reads.start[0])
-        if excess <= 0:
-            return EvictionPlan(seq_id, np.empty(0, np.int64), keep, start)
+        ids, excess = ids[excess > 0], excess[excess > 0]
+        if not ids.size:
+            return []
         found = evictable_blocks(tables, ids, self.first_tokens, self.last_tokens)
+        # What two of them share is freed by neither alone.
+        found = found.where(tables.pool.ref_counts[found.pages] == 1)
         values = matched_values(self.ranking.score(tables, ids), found)
-        order = np.lexsort((found.blocks, values))
-        order = order[values[order] < np.inf][:excess]
-        return EvictionPlan(seq_id, np.sort(found.blocks[order]), keep, start)
+        order = np.lexsort((found.blocks, values, found.members))
+        members = found.members[order]
+        rank = np.arange(order.size) - np.searchsorted(members, members)
+        order = order[(rank < excess[members]) & (values[order] < np.inf)]
+        return _plans(tables, ids, found.where(np.sort(order)))
 
 
 def plan_free(
@@ -141,13 +172,14 @@ def plan_free(
     taken = np.zeros(unit_first.size, np.bool_)
     taken[order[:need]] = True
     gone = found.where(taken[unit])
+    return _plans(tables, ids, gone)
+
+
+def _plans(tables: PageTables, ids: Int64, gone: BlockList) -> list[EvictionPlan]:
+    """Return one plan per sequence that loses blocks; what may be read stays as it is."""
     reads = tables.reads(ids, overlay=True)
+    members, starts = np.unique(gone.members, return_index=True)
     return [
-        EvictionPlan(
-            int(ids[member]),
-            gone.blocks[gone.members == member],
-            int(reads.keep[member]),
-            int(reads.start[member]),
-        )
-        for member in np.unique(gone.members).tolist()
+        EvictionPlan(int(ids[member]), blocks, int(reads.keep[member]), int(reads.start[member]))
+        for member, blocks in zip(members.tolist(), np.split(gone.blocks, starts[1:]), strict=False)
     ]

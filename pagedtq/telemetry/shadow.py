@@ -13,6 +13,7 @@ from ..backends.host_score import Scores
 from ..cache import MemoryReport, PagedKVCache
 from ..config import CacheConfig, Dtype, Exact
 from ..errors import ArgumentError, CapacityError, UnsupportedError
+from ..paging.evict_lowest import EvictLowest
 from ..paging.eviction import EvictionPlan, EvictionPolicy
 from ..paging.page_scores import PageRanking
 from ..paging.step_plan import StepPlan
@@ -186,6 +187,13 @@ class ShadowedCache(PagedKVCache):
         """Drop pages of a sequence, and the same blocks of its shadow."""
         super().evict(seq_id, what)
         self._evict_twin(seq_id)
+
+    def evict_many(self, seq_ids: SeqIds, policy: EvictLowest) -> list[EvictionPlan]:
+        """Bring sequences back to their budgets, and drop the same blocks of their shadows."""
+        plans = super().evict_many(seq_ids, policy)
+        for plan in plans:
+            self._evict_twin(plan.seq_id)
+        return plans
 
     def free_pages(
         self,

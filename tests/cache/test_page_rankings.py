@@ -258,6 +258,20 @@ def test_free_pages_frees_so_many_or_none():
     assert resident(cache, a) == [6] and resident(cache, b) == [3]
 
 
+def test_a_batch_returns_to_its_budgets_in_one_call():
+    cache = cache_of()
+    (a, _), (b, _) = filled(cache), filled(cache, 3)
+    policy = EvictLowest(NormRatio(cache), max_pages=4)
+    wanted = policy.plan(cache.tables, a).blocks.tolist()
+    (plan,) = cache.evict_many([b, a], policy)
+    assert (plan.seq_id, plan.blocks.tolist()) == (a, wanted)
+    assert len(resident(cache, a)) == len(resident(cache, b)) == 4
+    cache.begin_step(a)
+    with pytest.raises(StepError, match="evict_many cannot run inside an open step"):
+        cache.evict_many(b, policy)
+    cache.abort_step()
+
+
 def test_evicted_pages_that_were_published_are_still_found():
     cache = cache_of(sharing=SharingOptions())
     tokens = list(range(4 * SIZE + 2))
@@ -275,6 +289,7 @@ def test_a_shadow_loses_the_same_pages():
     (a, _), (b, _) = filled(cache), filled(cache, 3)
     cache.free_pages(4, NormRatio(cache))
     cache.evict(a, EvictLowest(NormRatio(cache), max_pages=2))
+    cache.evict_many([a, b], EvictLowest(NormRatio(cache), max_pages=1))
     for seq in (a, b):
         twin = cache._twins[seq]
         assert np.array_equal(

@@ -122,6 +122,25 @@ def test_protected_tokens_keep_their_blocks(first, last):
     assert blocks.tolist() == wanted
 
 
+def test_a_batch_is_brought_back_to_its_budgets_at_once():
+    tables, *ids = filled(100, 20, 64, 200, 15)
+    policy = EvictLowest(RandomOrder(2), max_tokens=50, first_tokens=1)
+    wanted = [policy.plan(tables, seq) for seq in ids]
+    plans = policy.plan_many(tables, ids)
+    assert [plan.seq_id for plan in plans] == [ids[0], ids[2], ids[3]]
+    for plan in plans:
+        alone = wanted[ids.index(plan.seq_id)]
+        assert plan.blocks.tolist() == alone.blocks.tolist()
+    eviction.apply_all(tables, plans)
+    assert tables.resident_lengths(ids).tolist() == [36, 20, 48, 40, 15]
+    assert policy.plan_many(tables, ids) == policy.plan_many(tables, []) == []
+    fork = tables.fork(ids[3])
+    few = EvictLowest(OldestFirst(), max_pages=1)
+    assert few.plan_many(tables, [ids[3], fork]) == []
+    with pytest.raises(ArgumentError, match="twice"):
+        few.plan_many(tables, [fork, fork])
+
+
 def test_the_exact_window_and_the_open_block_are_never_taken():
     for length in range(1, 120):
         tables, seq = filled(length, window=2 * SIZE, num_sinks=4)
