@@ -131,7 +131,7 @@ class Run:
             self.ids, keys.reshape(flat), values.reshape(flat), [count] * len(self.ids)
         )
 
-    def decode(self, policies: Callable[[Run, int], list[EvictionPolicy]] | None) -> Any:
+    def decode(self, choose: Callable[[Run, int], EvictionPolicy] | None) -> Any:
         """Decode all steps; return outputs, lse, and mean resident tokens after eviction."""
         outs, lses, resident = [], [], []
         for step in range(self.given.queries.shape[1]):
@@ -140,27 +140,28 @@ class Run:
             out, lse = self.cache.attend(0, queries, self.ids)
             outs.append(out)
             lses.append(lse)
-            if policies is not None:
-                chosen = policies(self, step)
-                for seq_id, one in zip(self.ids.tolist(), chosen, strict=True):
-                    if step >= WATCHED:
-                        self.cache.evict(seq_id, one)
-            if step >= WATCHED:
-                resident.append(self.cache.tables.resident_lengths(self.ids).mean())
+            chosen = None if choose is None else choose(self, step)
+            if step < WATCHED:
+                continue
+            if isinstance(chosen, EvictLowest):
+                self.cache.evict_many(self.ids, chosen)
+            elif chosen is not None:
+                for seq_id in self.ids.tolist():
+                    self.cache.evict(seq_id, chosen)
+            resident.append(self.cache.tables.resident_lengths(self.ids).mean())
         return np.stack(outs, 1), np.stack(lses, 1), float(np.mean(resident))
 
 
-def policy(name: str, budget: int, seed: int) -> Callable[[Run, int], list[EvictionPolicy]]:
-    """Return what names a policy for each sequence after each step."""
+def policy(name: str, budget: int, seed: int) -> Callable[[Run, int], EvictionPolicy]:
+    """Return what gives the policy after each step."""
     limits = {"max_tokens": budget, "first_tokens": SINKS, "last_tokens": RECENT}
     mass: list[AttentionMass] = []
 
-    def choose(run: Run, step: int) -> list[EvictionPolicy]:
+    def choose(run: Run, step: int) -> EvictionPolicy:
         queries = {0: run.given.queries[:, step]}
         if name == "first and last":
             # Whole pages: what is resident beyond the two counts is less than two pages.
-            kept = KeepFirstLast(PAGE, budget - 2 * PAGE + 1)
-            return [kept] * len(run.ids)
+            return KeepFirstLast(PAGE, budget - 2 * PAGE + 1)
         if name.startswith("attention mass"):
             if not mass:
                 mass.append(AttentionMass(run.cache, 0.99 if name.endswith("0.99") else 0.9))
@@ -174,7 +175,7 @@ def policy(name: str, budget: int, seed: int) -> Callable[[Run, int], list[Evict
                 "oldest first": OldestFirst,
                 "random": lambda: RandomOrder(seed),
             }[name]()
-        return [EvictLowest(ranking, **limits)] * len(run.ids)
+        return EvictLowest(ranking, **limits)
 
     return choose
 
@@ -219,14 +220,13 @@ def main() -> None:
                     "standard error": float(by_sequence.std() / (batch - 1) ** 0.5),
                     "attention kept": float(kept.mean()),
                 }
-                if given.needle[0] >= 0:
-                    table = run.cache.tables.block_table(run.ids)
-                    held = table[np.arange(batch), given.needle] > 0
-                    row["needle pages kept"] = float(held.mean())
+                held = run.cache.tables.block_table(run.ids)[np.arange(batch), given.needle] > 0
+                row["needle pages kept"] = float(held.mean()) if given.needle[0] >= 0 else None
                 rows.append({**row, "share": share})
         notes.append(f"{case}: {attention_shape(given, prompt)}")
     notes += [
         f"{batch} sequences of {prompt} + {steps} tokens, pages of {PAGE}, k4v4, window of a page.",
+        "first and last keeps a page and the newest tokens that fill the budget, to the token.",
         "query bounds rank pages by the last query alone; masses by all queries so far, decaying.",
         "attention kept: part of the full cache's softmax mass on positions that are still there.",
         "synthetic keys and queries; no language model was measured.",
