@@ -238,6 +238,8 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         First tokens of a sequence kept exact, at most ``page_size``; unused without a window.
     num_window_slots : int
         Sequences that can own a window at a time; unused without a window.
+    num_host_pages : int
+        Pages of the host tier, to which sequences can be swapped out; allocated when first used.
     kv_dtype : {"f16", "bf16", "f32"}
         Applied to every key and value on entry, before window or encoder.
     seed : int
@@ -261,6 +263,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     window: int | None = None
     sinks: int = 4
     num_window_slots: int = 64
+    num_host_pages: int = 0
     kv_dtype: Dtype = "f16"
     seed: int = 0
     first_kv_head: int = 0
@@ -288,6 +291,7 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         _in_range(
             "num_window_slots", self.num_window_slots, 1 if self.window_tokens else 0, 1 << 24
         )
+        _in_range("num_host_pages", self.num_host_pages, 0, (1 << 31) - 2)
         _is_bool("key_bounds", self.key_bounds)
         self._check_codecs()
 
@@ -343,7 +347,8 @@ class CacheConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         """Return, as plain data, everything two caches must agree on to exchange sequences.
 
         That is all that decides bytes, per layer, and the shape of the exact window. How much a
-        cache holds (``num_pages``, ``num_window_slots``) and the order of its pool are left out.
+        cache holds (``num_pages``, ``num_window_slots``, ``num_host_pages``) and the order of its
+        pool are left out.
         """
         layers = [self.layer_codecs(layer) for layer in range(self.num_layers)]
         return {

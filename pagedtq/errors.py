@@ -72,6 +72,10 @@ class EvictedError(ArgumentError):
     """The operation needs positions whose pages were evicted."""
 
 
+class SwappedError(ArgumentError):
+    """The operation needs a sequence that is swapped out to the host; swap it in first."""
+
+
 class StepError(PagedTQError, RuntimeError):
     """The call does not fit the state of the open step (or there is none)."""
 
@@ -137,6 +141,13 @@ class OutOfWindowSlots(CapacityError):
 
     unit = "window slots"
     remedy = "close sequences or raise num_window_slots"
+
+
+class OutOfHostPages(CapacityError):
+    """The host tier cannot take the pages of a swap."""
+
+    unit = "host pages"
+    remedy = "swap in or close swapped sequences, preempt by recompute, or raise num_host_pages"
 
 
 class WorkloadError(ArgumentError):

@@ -59,6 +59,7 @@ def configs(draw):
         window=draw(st.none() | st.integers(0, 4).map(lambda pages: pages * page_size)),
         sinks=draw(st.integers(0, page_size)),
         num_window_slots=draw(st.integers(1, 1 << 12)),
+        num_host_pages=draw(st.integers(0, 1 << 12)),
         kv_dtype=draw(dtypes),
         seed=draw(st.integers(0, (1 << 64) - 1)),
         first_kv_head=draw(st.integers(0, 1 << 10)),

@@ -368,6 +368,13 @@ class HostBackend:
         """Copy slabs ``uint8[n, page_bytes]`` into pages of the pool."""
         self.pages.scatter(slabs, pages)
 
+    def host_memory(self, shape: tuple[int, ...]) -> Array:
+        """Allocate bytes for the host tier, not cleared.
+
+        A backend with a device returns memory that the device copies from and to by itself.
+        """
+        return np.empty(shape, np.uint8)
+
     # -- parts -------------------------------------------------------------------------------
 
     def _layer(self, layer: int) -> HostLayer:

@@ -18,15 +18,13 @@ from ..paging.page_scores import PageRanking
 from ..paging.page_tables import PageTables
 from ..paging.shared_prefixes import SharingOptions
 from ..paging.step_plan import StepPlan
-from .reads import CacheReads, SeqIds
+from .reads import SeqIds
+from .swapping import POISON, CacheSwaps
 
 Array = npt.NDArray[Any]
 
-#: What debug mode writes into pages that are free or fresh: as float16, NaN.
-POISON = 0xFF
 
-
-class PagedKVCache(CacheReads):
+class PagedKVCache(CacheSwaps):
     """A KV cache in fixed-size pages of TurboQuant codes.
 
     Parameters
@@ -72,12 +70,12 @@ class PagedKVCache(CacheReads):
             config.num_sinks,
             config.num_window_slots if config.window_tokens else 0,
             sharing,
+            config.num_host_pages,
         )
         chosen = select_backend(
             backend, config, key_means=key_means, accumulate=accumulate, num_threads=num_threads
         )
-        super().__init__(config, chosen, tables)
-        self.debug = debug
+        super().__init__(config, chosen, tables, debug)
         self.backend.page_owners = self.tables.pool.ref_counts
         layers = range(config.num_layers)
         self._overlay_layers = [layer for layer in layers if config.has_overlay(layer)]
@@ -135,7 +133,7 @@ class PagedKVCache(CacheReads):
         return self.tables.reset_prefix_cache()
 
     def close(self, seq_ids: SeqIds) -> None:
-        """Close sequences; pages that nobody else holds become free."""
+        """Close sequences; pages that nobody else holds become free, on the host too."""
         self._freed(self.tables.close(self._ids(seq_ids)))
 
     def fork(self, seq_id: int) -> int:
@@ -409,15 +407,3 @@ class PagedKVCache(CacheReads):
     def _refuse_open_step(self, verb: str) -> None:
         if self._step is not None:
             raise StepError(f"{verb} cannot run inside an open step; commit or abort it first")
-
-    def _freed(self, pages: Array) -> None:
-        if self.debug and len(pages):
-            prefix = self.tables.prefix
-            # Pages that can be found again keep their bytes.
-            gone = pages if prefix is None else pages[~prefix.held[pages]]
-            self.backend.fill_pages(gone, POISON)
-        self._after_change()
-
-    def _after_change(self) -> None:
-        if self.debug:
-            self.check_integrity()

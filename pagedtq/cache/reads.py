@@ -17,6 +17,7 @@ from ..errors import ArgumentError, StepError
 from ..paging.arguments import Int64, integer, integers
 from ..paging.page_tables import PageTables
 from ..paging.step_plan import SequenceState, StepPlan
+from .host_tier import HostTier
 from .reports import CacheStats, MemoryReport, cache_stats, memory_report
 
 Array = npt.NDArray[Any]
@@ -32,6 +33,7 @@ class CacheReads:
         self.tables = tables
         self._step: StepPlan | None = None
         self._stored: set[int] = set()
+        self._host = HostTier(config, backend, tables.host)
 
     def length(self, seq_id: int) -> int:
         """Return the number of tokens of a sequence, evicted ones included."""
@@ -257,7 +259,7 @@ class CacheReads:
 
     def memory_report(self) -> MemoryReport:
         """Account for every byte held, beside what fp16 and fp32 would take."""
-        return memory_report(self.config, self.backend.layout, self.tables)
+        return memory_report(self.config, self.backend.layout, self.tables, self._host)
 
     def check_integrity(self) -> None:
         """Prove the invariants of tables and pools.

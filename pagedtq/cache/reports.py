@@ -7,6 +7,7 @@ import msgspec
 from ..config import DTYPE_BYTES, CacheConfig
 from ..paging.layout import PageLayout
 from ..paging.page_tables import PageTables
+from .host_tier import HostTier
 
 
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,7 +16,8 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     ``pages_cached`` of the free pages hold a block that a new sequence can begin with.
     ``resident_tokens`` are positions whose page is held, per sequence (shared pages count for
     each); ``logical_tokens`` include evicted ones. ``page_utilisation`` is resident tokens over
-    the token capacity of the pages the sequences hold, again per sequence.
+    the token capacity of the pages the sequences hold, again per sequence. ``pages_parked`` wait
+    for a fence; ``num_swapped`` of the sequences are on the host.
     """
 
     num_pages: int
@@ -29,6 +31,10 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     logical_tokens: int
     resident_tokens: int
     page_utilisation: float
+    pages_parked: int = 0
+    num_swapped: int = 0
+    host_pages: int = 0
+    host_pages_used: int = 0
 
 
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +54,9 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
         ``fp16_bytes`` over the bytes used, shadows included; 0.0 when nothing is held.
     shadow_bytes, shadow_used_bytes : int
         Exact copies that are kept beside the cache for comparison: allocated, and held.
+    host_bytes, host_used_bytes : int
+        The host tier: allocated, and held by sequences that are swapped out. No part of the ratio,
+        as the resident tokens are none of theirs.
     """
 
     pool_bytes: int
@@ -62,6 +71,8 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     compression_vs_fp16: float
     shadow_bytes: int = 0
     shadow_used_bytes: int = 0
+    host_bytes: int = 0
+    host_used_bytes: int = 0
 
 
 def cache_stats(tables: PageTables) -> CacheStats:
@@ -69,7 +80,7 @@ def cache_stats(tables: PageTables) -> CacheStats:
     pool, windows = tables.pool, tables.windows
     held = tables.num_resident_blocks * tables.page_size
     return CacheStats(
-        num_pages=pool.num_used + pool.num_free + 1,
+        num_pages=pool.num_pages,
         pages_used=pool.num_used,
         pages_free=pool.num_free,
         pages_shared=pool.num_shared,
@@ -80,10 +91,16 @@ def cache_stats(tables: PageTables) -> CacheStats:
         logical_tokens=tables.logical_tokens,
         resident_tokens=tables.resident_tokens,
         page_utilisation=tables.resident_tokens / held if held else 0.0,
+        pages_parked=pool.num_parked,
+        num_swapped=tables.num_swapped,
+        host_pages=tables.host.num_pages,
+        host_pages_used=tables.host.num_used,
     )
 
 
-def memory_report(config: CacheConfig, layout: PageLayout, tables: PageTables) -> MemoryReport:
+def memory_report(
+    config: CacheConfig, layout: PageLayout, tables: PageTables, host: HostTier
+) -> MemoryReport:
     """Account for the bytes of a cache."""
     heads, dim, layers = config.num_kv_heads, config.head_dim, config.num_layers
     fp32 = tables.resident_tokens * layers * heads * 2 * dim * DTYPE_BYTES["f32"]
@@ -103,4 +120,6 @@ def memory_report(config: CacheConfig, layout: PageLayout, tables: PageTables) -
         fp16_bytes=fp32 // 2,
         fp32_bytes=fp32,
         compression_vs_fp16=fp32 / 2 / held if held else 0.0,
+        host_bytes=host.nbytes,
+        host_used_bytes=host.used_bytes,
     )

@@ -5,6 +5,7 @@ from .block_keys import BlockHasher
 from .candidates import BlockList, evictable_blocks, sealed_blocks
 from .evict_lowest import EvictLowest, plan_free
 from .eviction import EvictionPlan, EvictionPolicy, KeepFirstLast
+from .fences import Event, Fences
 from .layout import PageLayout
 from .page_pool import PagePool
 from .page_scores import OldestFirst, PageRanking, PageScores, RandomOrder
@@ -14,6 +15,7 @@ from .retention import ByPriority, Retention
 from .sequence_image import SequenceImage, check_image
 from .shared_prefixes import SharingOptions
 from .step_plan import SequenceState, StepPlan
+from .swap_plan import SwapPlan
 from .table_views import PageIndices, Reads
 from .window_pool import WindowPool
 
@@ -22,10 +24,12 @@ __all__ = [
     "BlockHasher",
     "BlockList",
     "ByPriority",
+    "Event",
     "EvictLowest",
     "EvictionPlan",
     "EvictionPolicy",
     "ExtractedSequences",
+    "Fences",
     "KeepFirstLast",
     "OldestFirst",
     "PageIndices",
@@ -43,6 +47,7 @@ __all__ = [
     "SequenceState",
     "SharingOptions",
     "StepPlan",
+    "SwapPlan",
     "WindowPool",
     "check_image",
     "evictable_blocks",

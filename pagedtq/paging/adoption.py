@@ -86,7 +86,7 @@ class Adoption(Steps):
             If a step is open.
         """
         self._refuse_open_step("extract")
-        rows = self._distinct_rows(seq_ids)
+        rows = self._resident_rows(seq_ids, "extract")
         length, coded, ring_start, sinks = self._states(rows)
         counts = -(-length // self.page_size)
         member, block = np.repeat(np.arange(rows.size), counts), ranges(counts)
@@ -167,10 +167,9 @@ class Adoption(Steps):
             self._grow_width(int(counts.max()))
         ids, rows = self._new_rows(len(image.states))
         self.version += 1
-        pages = np.concatenate((np.zeros(1, np.int32), self.pool.acquire(image.num_pages)))
+        pages = np.concatenate((np.zeros(1, np.int32), self._take_pages(image.num_pages)))
         if self.prefix is not None:
-            # What the pages held can be found no longer; what they hold now has no tokens.
-            self._forget(pages[1:])
+            # What they append has no tokens, so it is never shared.
             self._known[rows] = -1
         self.pool.retain(pages[_repeats(image.blocks)])
         slots = self.windows.acquire(image.num_rings)

@@ -139,7 +139,7 @@ def plan_free(
     ranking : PageRanking
         Says what blocks are worth.
     seq_ids : integers, optional
-        Sequences to take from, all by default.
+        Sequences to take from; by default all that are on the device.
     first_tokens, last_tokens : int
         Blocks that hold one of so many first or last tokens of a sequence are not evicted.
 
@@ -156,7 +156,7 @@ def plan_free(
         For bad ids, numbers or scores.
     """
     need = integer("num_pages", num_pages, 0)
-    ids = tables.sequence_ids() if seq_ids is None else integers("seq_ids", seq_ids)
+    ids = tables.resident_ids() if seq_ids is None else integers("seq_ids", seq_ids)
     found = evictable_blocks(tables, ids, first_tokens, last_tokens)
     if need == 0:
         return []

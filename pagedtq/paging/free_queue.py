@@ -6,6 +6,10 @@ Order is that of a linked list. The list is an array that is read at its head an
 tail; an id taken from the middle leaves a hole (-1) that later pops step over. When the tail meets
 the end of the array, what is left is moved to its front, without the holes: as the array is twice
 as long as the list can be, a push pays for two moved entries at most.
+
+Ids that are pushed behind a fence are parked: they lie in the same array, in the order in which
+they came, but are not taken until the fence passes. A fence is a mark at the tail of that moment,
+so it costs nothing while there is none, and parked ids can be removed like any other.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import IntegrityError
-from .arguments import Int32
+from .arguments import Bools, Int32
 
 #: How far the first look for live entries among holes reaches.
 _FIRST_LOOK = 64
@@ -40,9 +44,23 @@ class FreeQueue:
         # Reading and writing one entry through these costs a third of NumPy's own indexing.
         self._ring_entries, self._places = self._ring.data, self._place.data
         self._head, self._tail = 0, count
+        # Ids that wait, parked ones included.
         self._size = count
+        self._parked = 0
+        # (epoch, place in the ring) of each fence: ids from the first place on are parked.
+        self._marks: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
+        return self._size - self._parked
+
+    @property
+    def num_parked(self) -> int:
+        """Ids behind a fence."""
+        return self._parked
+
+    @property
+    def num_waiting(self) -> int:
+        """Ids in the queue, parked ones included."""
         return self._size
 
     def pop(self, count: int) -> Int32:
@@ -66,6 +84,8 @@ class FreeQueue:
         self._place[ids] = np.arange(tail, tail + count)
         self._tail = tail + count
         self._size += count
+        if self._marks:
+            self._parked += count
 
     def push_if_distinct(self, ids: Int32) -> bool:
         """Append ids at the tail unless one is given twice; return whether it was done."""
@@ -82,6 +102,8 @@ class FreeQueue:
         self._ring[tail : tail + count] = ids
         self._tail = tail + count
         self._size += count
+        if self._marks:
+            self._parked += count
         return True
 
     def push_few(self, ids: list[int]) -> None:
@@ -95,15 +117,49 @@ class FreeQueue:
             tail += 1
         self._tail = tail
         self._size += len(ids)
+        if self._marks:
+            self._parked += len(ids)
 
     def remove(self, ids: Int32) -> None:
-        """Take distinct ids from wherever they are."""
+        """Take distinct ids from wherever they are, parked or not."""
+        self._parked -= int(np.count_nonzero(self.are_parked(ids)))
         self._ring[self._place[ids]] = -1
         self._size -= ids.size
 
+    def are_parked(self, ids: Int32) -> Bools:
+        """Tell which of some ids that wait are parked, ``bool[n]``."""
+        if not self._marks:
+            return np.zeros(ids.size, np.bool_)
+        parked: Bools = self._place[ids] >= self._marks[0][1]
+        return parked
+
+    def fence(self, epoch: int) -> None:
+        """Park what is pushed from now on; epochs come in ascending order."""
+        self._marks.append((epoch, self._tail))
+
+    def unfence(self, oldest: int | None) -> Int32:
+        """Let ids rejoin that were parked before the epoch ``oldest``, all of them with None.
+
+        Returns
+        -------
+        int32[n]
+            Those ids, in the order in which they were pushed.
+        """
+        if not self._marks:
+            return np.empty(0, np.int32)
+        begin = self._marks[0][1]
+        self._marks = [mark for mark in self._marks if oldest is not None and mark[0] >= oldest]
+        back = self._live(begin, self._marks[0][1] if self._marks else self._tail)
+        self._parked -= back.size
+        return back
+
     def ids(self) -> Int32:
-        """Return the queue from head to tail."""
-        return self._waiting()
+        """Return what can be taken, from head to tail."""
+        return self._live(self._head, self._marks[0][1] if self._marks else self._tail)
+
+    def parked_ids(self) -> Int32:
+        """Return what is parked, in the order in which it came."""
+        return self._live(self._marks[0][1], self._tail) if self._marks else NO_IDS
 
     def check_integrity(self) -> None:
         """Prove that places and counts are right.
@@ -112,9 +168,14 @@ class FreeQueue:
         ------
         IntegrityError
         """
-        waiting = self._waiting()
+        waiting = self._live(self._head, self._tail)
         if waiting.size != self._size:
             raise IntegrityError(f"{waiting.size} ids are in a free queue that counts {self._size}")
+        parked = self.parked_ids().size
+        if parked != self._parked:
+            raise IntegrityError(
+                f"{parked} ids are parked in a free queue that counts {self._parked}"
+            )
         if not np.array_equal(self._ring[self._place[waiting]], waiting):
             raise IntegrityError("the free queue does not know where its ids are")
 
@@ -131,12 +192,18 @@ class FreeQueue:
         self._head += int(live[count]) if live.size > count else ahead.size
         return taken
 
-    def _waiting(self) -> Int32:
-        waiting = self._ring[self._head : self._tail]
-        return waiting[waiting >= 0]
+    def _live(self, begin: int, end: int) -> Int32:
+        """Return the ids between two places of the ring."""
+        # What was taken leaves its id in the ring behind the head.
+        entries = self._ring[max(begin, self._head) : max(end, self._head)]
+        return entries[entries >= 0]
 
     def _compact(self) -> None:
-        waiting = self._waiting()
+        self._marks = [(epoch, self._live(0, place).size) for epoch, place in self._marks]
+        waiting = self._live(self._head, self._tail)
         self._ring[: waiting.size] = waiting
         self._place[waiting] = np.arange(waiting.size)
         self._head, self._tail = 0, waiting.size
+
+
+NO_IDS: Int32 = np.empty(0, np.int32)

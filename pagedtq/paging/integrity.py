@@ -8,6 +8,8 @@ import numpy as np
 
 from ..errors import IntegrityError
 from .arguments import Bools, Int64
+from .sequence_rows import AWAY, LEAVING, RETURNING
+from .swap_plan import SwapPlan
 
 if TYPE_CHECKING:
     from .shared_prefixes import BlockChain, SharedPrefixes
@@ -28,8 +30,10 @@ def check_tables(tables: SharedPrefixes) -> None:
     """
     rows = _check_rows(tables)
     _check_states(tables, rows)
-    _check_pages(tables, rows)
-    _check_windows(tables, rows)
+    here = rows[tables._away[rows] < AWAY]
+    _check_pages(tables, here)
+    _check_windows(tables, here)
+    _check_swapped(tables, rows)
     _check_prefixes(tables, rows)
 
 
@@ -76,7 +80,9 @@ def _check_pages(tables: SharedPrefixes, rows: Int64) -> None:
     ordered = np.sort(table, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] > 0)
     _require(~twice.any(axis=1), rows, "holds a page twice")
-    held = np.bincount(table[table > 0], minlength=tables.pool.num_pages)
+    entries = [table[table > 0], *(plan._entry_pages for plan in _on_the_way(tables, "in"))]
+    held = np.bincount(np.concatenate(entries), minlength=tables.pool.num_pages)
+    held[0] = 0
     if tables.retention is not None:
         held += tables.retention.pinned
     tables.pool.check_integrity(held)
@@ -90,20 +96,24 @@ def _check_windows(tables: SharedPrefixes, rows: Int64) -> None:
         return
     in_ring = tables._length[rows] > tables._ring_start[rows]
     _require(~in_ring | (slots >= 0), rows, "has tokens in the ring, but no slot")
-    held = np.bincount(slots[slots >= 0], minlength=tables.windows.num_slots)
+    taken = np.concatenate([slots, *(p._row_slots for p in _on_the_way(tables, "in"))])
+    held = np.bincount(taken[taken >= 0], minlength=tables.windows.num_slots)
     tables.windows.check_integrity(held)
     # Sink records belong to pages that are someone's block 0; those that wait for another rest.
     allowed = np.zeros(tables.pool.num_pages, np.bool_)
     if tables.num_sinks:
         allowed[tables._table[rows, 0]] = True
+        for plan in _on_the_way(tables, "in"):
+            counts = -(-tables._length[plan._rows] // tables.page_size)
+            allowed[plan._entry_pages[(np.cumsum(counts) - counts)[counts > 0]]] = True
         allowed[0] = False
         if tables.retention is not None:
             allowed |= tables.retention.pinned
     recorded = tables.windows.sink_record >= 0
     resting = np.zeros_like(allowed)
     resting[tables.windows.resting_pages] = True
-    expected = allowed & recorded if tables.prefix is not None else allowed
-    wrong = np.flatnonzero(expected != (recorded & ~resting))
+    # A block 0 has none if none was left: others rested, or waited for a fence.
+    wrong = np.flatnonzero((allowed & recorded) != (recorded & ~resting))
     if wrong.size:
         raise IntegrityError(f"page {int(wrong[0])} has a sink record or lacks one wrongly")
     if tables.prefix is not None:
@@ -112,6 +122,45 @@ def _check_windows(tables: SharedPrefixes, rows: Int64) -> None:
             raise IntegrityError(f"page {int(wrong[0])} rests, but is owned or holds no block")
     lost = (tables._sinks[rows] > 0) & ~recorded[tables._table[rows, 0]]
     _require(~lost, rows, "has sinks without a sink record of block 0")
+
+
+def _check_swapped(tables: SharedPrefixes, rows: Int64) -> None:
+    """Check sequences on the host and on the way: owners of host pages and rings, and twins."""
+    host, size = tables.host, tables.page_size
+    away = rows[tables._away[rows] >= AWAY]
+    if sorted(tables._swapped) != away.tolist():
+        raise IntegrityError("the rows that are marked as swapped out are not those on the host")
+    moving = [row for plan in tables._swaps.values() for row in plan._rows.tolist()]
+    marked = np.flatnonzero((tables._away == LEAVING) | (tables._away == RETURNING))
+    if sorted(moving) != marked.tolist():
+        raise IntegrityError("the rows that are marked as being swapped are not those of swaps")
+    if int(np.count_nonzero(tables._away)) != tables._num_away:
+        raise IntegrityError(f"the number of swapped rows is wrong: {tables._num_away}")
+    empty = ~tables._table[away].any(axis=1) & (tables._slot[away] < 0)
+    _require(empty, away, "is swapped out, but has pages or a window slot")
+    pages, rings = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    for row, left in tables._swapped.items():
+        blocks = -(-int(tables._length[row]) // size)
+        missing = int(np.count_nonzero(left.host_pages == 0))
+        right = left.host_pages.size == blocks and missing == int(tables._evicted[row])
+        _require(np.array([right]), np.array([row]), "has pages missing on the host")
+        in_ring = tables.window_tokens > 0 and tables._ring_start[row] < tables._length[row]
+        _require(np.array([left.ring >= 0 or not in_ring]), np.array([row]), "lacks its ring")
+        pages.append(left.host_pages)
+        rings.append(np.array([left.ring], np.int32))
+    for plan in _on_the_way(tables, "out"):
+        pages.append(plan._entry_host_pages)
+        rings.append(plan._row_rings)
+    owners = np.bincount(np.concatenate(pages), minlength=host.num_pages + 1)
+    owners[0] = 0
+    host.check_integrity(owners)
+    owned = np.concatenate(rings)
+    host.rings.check_integrity(np.bincount(owned[owned >= 0], minlength=host.num_pages))
+    tables._twins.check_integrity(host.ref_counts)
+
+
+def _on_the_way(tables: SharedPrefixes, direction: str) -> list[SwapPlan]:
+    return [plan for plan in tables._swaps.values() if plan.direction == direction]
 
 
 def _check_prefixes(tables: SharedPrefixes, rows: Int64) -> None:
@@ -147,10 +196,12 @@ def _check_prefixes(tables: SharedPrefixes, rows: Int64) -> None:
 def _check_chain(tables: SharedPrefixes, row: int, chain: BlockChain) -> None:
     """Recompute the keys of a row from the tokens in its pages."""
     count = min(int(tables._known[row]) // tables.page_size, len(chain.keys))
-    pages = tables._table[row, :count]
+    pages, of_page = tables._table[row, :count], tables._page_tokens
+    if row in tables._swapped:
+        pages, of_page = tables._swapped[row].host_pages[:count], tables._host_tokens
     if not pages.all():
         count = int(np.argmin(pages > 0))
-    tokens = tables._page_tokens[pages[:count]].ravel()
+    tokens = of_page[pages[:count]].ravel()
     if tables._hasher.chain(tokens, extras=chain.extras) != chain.keys[:count]:
         raise IntegrityError(f"row {row} has keys that its tokens do not hash to")
 

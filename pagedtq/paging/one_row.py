@@ -60,7 +60,7 @@ class OneRow(Steps):
         """
         if self._step is not None:
             self._refuse_open_step("lengthen")
-        row = self._row_of(seq_id)
+        row = self._resident_row(seq_id, "append to")
         if type(length) is not int or not 0 <= length <= MAX_TOKENS:
             length = integer("length", length, 0, MAX_TOKENS)
         size = self.page_size
@@ -82,16 +82,16 @@ class OneRow(Steps):
             self.retention.refresh()
         self.version += 1
         self._length[row] = length
+        if open_page and self._twins.count:
+            self._twins.part(np.array([open_page], np.int32))
         if open_page and self.prefix is not None and self.prefix.key_of(open_page) is not None:
             self.prefix.forget(np.array([open_page], np.int32))
         if not need:
             return []
         if stop > self._table.shape[1]:
             self._grow_width(stop)
-        pages = self.pool.acquire(need)
+        pages = self._take_pages(need)
         self._table[row, first:stop] = pages
-        if self.prefix is not None:
-            self.prefix.forget(pages)
         new: list[int] = pages.tolist()
         return new
 
@@ -122,7 +122,7 @@ class OneRow(Steps):
         ArgumentError
             If the sequence names no blocks, has other keys for them, or is too short.
         """
-        row = self._row_of(seq_id)
+        row = self._resident_row(seq_id, "publish blocks of")
         chain = self._chains.get(row)
         if chain is None or not chain.opaque:
             raise ArgumentError(f"sequence {seq_id} was not opened with block_keys")

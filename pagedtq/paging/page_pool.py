@@ -54,13 +54,18 @@ class CountedPool:
 
     @property
     def num_free(self) -> int:
-        """Ids without an owner."""
+        """Ids without an owner that can be taken now."""
         return len(self._queue)
+
+    @property
+    def num_parked(self) -> int:
+        """Ids without an owner that wait for a fence; see `Fences`."""
+        return self._queue.num_parked
 
     @property
     def num_used(self) -> int:
         """Ids with at least one owner."""
-        return self._count - len(self._queue)
+        return self._count - self._queue.num_waiting
 
     @property
     def num_shared(self) -> int:
@@ -208,13 +213,25 @@ class CountedPool:
 
     def use_queue(self, queue: FreeQueue) -> None:
         """Let another queue, which holds the same ids, decide what is taken next."""
-        if not np.array_equal(np.sort(queue.ids()), np.sort(self._queue.ids())):
+        if self.num_parked or not np.array_equal(np.sort(queue.ids()), np.sort(self._queue.ids())):
             raise ArgumentError(f"the queue must hold the {len(self._queue)} free {self.noun}s")
         self._queue = queue
 
     def free_ids(self) -> Int32:
         """Return the free queue from head to tail, ``int32[num_free]``."""
         return self._queue.ids()
+
+    def parked_ids(self) -> Int32:
+        """Return what waits for a fence, in the order of release, ``int32[num_parked]``."""
+        return self._queue.parked_ids()
+
+    def fence(self, epoch: int) -> None:
+        """Park what is released from now on; for `Fences`."""
+        self._queue.fence(epoch)
+
+    def unfence(self, oldest: int | None) -> Int32:
+        """Let ids rejoin that were parked before the epoch ``oldest``; for `Fences`."""
+        return self._queue.unfence(oldest)
 
     def check_integrity(self, expected_refs: Int64 | None = None) -> None:
         """Prove that queue, counts and (where given) the owners' own count agree.
@@ -224,9 +241,9 @@ class CountedPool:
         IntegrityError
             Naming what is broken and for which id.
         """
-        free = self.free_ids()
         waiting = np.zeros(self._refs.size, np.int64)
-        np.add.at(waiting, free, 1)
+        np.add.at(waiting, self.free_ids(), 1)
+        np.add.at(waiting, self.parked_ids(), 1)
         expected = (self._refs == 0).astype(np.int64)
         expected[: self._first] = 0
         for broken, problem in (
@@ -308,10 +325,17 @@ class PagePool(CountedPool):
         super().__init__(1, integer("num_pages", num_pages, 2, (1 << 31) - 1) - 1)
         self.num_pages = self._count + 1
 
+    def num_leaving(self, pages: Integers) -> int:
+        """Return by how much `touch` of these pages would lower ``num_free``."""
+        wanted = self._in_range(pages, "touch")
+        waiting = np.unique(wanted[self._refs.take(wanted) == 0]).astype(np.int32)
+        return waiting.size - int(np.count_nonzero(self._queue.are_parked(waiting)))
+
     def touch(self, pages: Integers) -> None:
         """Add one owner to each page, free or not; one that is given twice gets two.
 
-        Free pages leave the queue, wherever they are in it; the order of the others stays.
+        Free pages leave the queue, wherever they are in it; the order of the others stays. That
+        includes pages that wait for a fence: an owner reads, so it need not wait for readers.
 
         Raises
         ------

@@ -16,10 +16,12 @@ from . import integrity
 from .adoption import Adoption
 from .arguments import Int32, Int64, Integers, integer, integers
 from .one_row import OneRow
+from .sequence_rows import AWAY
 from .shared_prefixes import Tokens
+from .swaps import Swaps
 
 
-class PageTables(Adoption, OneRow):
+class PageTables(Adoption, Swaps, OneRow):
     """Page tables of all sequences over one page pool and one window pool.
 
     Parameters
@@ -36,6 +38,8 @@ class PageTables(Adoption, OneRow):
         Sequences that can own a window at a time; at least 1 with a window, unused without.
     sharing : SharingOptions, optional
         Share pages between sequences that begin alike; without it only forks share.
+    num_host_pages : int
+        Pages of the host tier, to which sequences can be swapped out.
 
     Attributes
     ----------
@@ -43,8 +47,12 @@ class PageTables(Adoption, OneRow):
         Owners of pages.
     windows : WindowPool
         Owners of window slots, and the sink record of each block-0 page.
+    fences : Fences
+        What is freed while work in flight may read it waits here.
     prefix : PrefixIndex or None
         Which page holds which block, with ``sharing``.
+    host : HostPool
+        Owners of pages of the host tier.
     """
 
     def open(
@@ -97,6 +105,8 @@ class PageTables(Adoption, OneRow):
     def close(self, seq_ids: int | Integers) -> Int32:
         """Close sequences: drop their pages, each sequence's last first, and their windows.
 
+        Sequences that are swapped out leave the host.
+
         Returns
         -------
         int32[n]
@@ -107,17 +117,24 @@ class PageTables(Adoption, OneRow):
             rows = np.array([self._row_of(seq_ids)])
         else:
             rows = self._distinct_rows(seq_ids)
+        here = rows
+        if self._num_away:
+            swapped = self._away[rows] == AWAY
+            here = rows[~swapped]
+            self._refuse_away(here, "close")
+            rows = np.concatenate((here, rows[swapped]))
         self.version += 1
-        freed = self._drop_blocks(rows, np.zeros(rows.size, np.int64))
+        freed = self._drop_blocks(here, np.zeros(here.size, np.int64))
         if self.window_tokens:
-            self.windows.release(self._slot[rows])
+            self.windows.release(self._slot[here])
+        self._drop_swapped(rows[here.size :])
         self._recycle_rows(rows)
         return freed
 
     def fork(self, seq_id: int) -> int:
         """Open a sequence that shares all pages and the window of another; takes no page."""
         self._refuse_open_step("fork")
-        self._row_of(seq_id)
+        self._resident_row(seq_id, "fork")
         new_id, new_rows = self._new_rows(1)
         row, new_row = self._row_of(seq_id), int(new_rows[0])
         self.version += 1
@@ -147,7 +164,7 @@ class PageTables(Adoption, OneRow):
             If the new end lies inside an evicted block.
         """
         self._refuse_open_step("truncate")
-        row = self._row_of(seq_id)
+        row = self._resident_row(seq_id, "truncate")
         before = int(self._length[row])
         length = integer("length", length, 0, before)
         block, offset = divmod(length, self.page_size)
@@ -190,7 +207,7 @@ class PageTables(Adoption, OneRow):
             If a block was evicted before.
         """
         self._refuse_open_step("evict")
-        row = self._row_of(seq_id)
+        row = self._resident_row(seq_id, "evict from")
         dropped = np.sort(self._evictable(seq_id, row, integers("blocks", blocks)))[::-1]
         if boundary is not None:
             self._hide(row, *self._checked_boundary(seq_id, row, *boundary))
@@ -208,7 +225,7 @@ class PageTables(Adoption, OneRow):
     def check_evict(self, seq_id: int, blocks: Integers, boundary: tuple[int, int]) -> None:
         """Refuse what `evict` would refuse; changes nothing."""
         self._refuse_open_step("evict")
-        row = self._row_of(seq_id)
+        row = self._resident_row(seq_id, "evict from")
         self._evictable(seq_id, row, integers("blocks", blocks))
         self._checked_boundary(seq_id, row, *boundary)
 
@@ -221,7 +238,7 @@ class PageTables(Adoption, OneRow):
             Unless ``0 <= keep <= start <= r``, the ring's start.
         """
         self._refuse_open_step("set_start")
-        row = self._row_of(seq_id)
+        row = self._resident_row(seq_id, "set the start of")
         self._hide(row, *self._checked_boundary(seq_id, row, keep, start))
 
     def check_integrity(self) -> None:

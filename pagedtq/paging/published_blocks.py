@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import ArgumentError
 from .arguments import Bools, Int32, Int64, ranges
 from .block_keys import token_array
-from .shared_prefixes import NO_TOKENS, SharedPrefixes, Tokens
+from .shared_prefixes import NO_TOKENS, BlockChain, SharedPrefixes, Tokens
 
 
 class StepTokens(NamedTuple):
@@ -99,6 +99,21 @@ class PublishedBlocks(SharedPrefixes):
         known = self._known[rows]
         self._known[rows] = np.where(known == length, known + counts, known)
 
+    def _take_pages(self, count: int) -> Int32:
+        """Take pages from the free queue; whatever was known of their bytes is forgotten."""
+        pages = self.pool.acquire(count)
+        if self._twins.count:
+            self._twins.part(pages)
+        if self.prefix is not None:
+            self._forget(pages)
+        return pages
+
+    def _part_written(self, rows: Int64, length: Int64, num_new: Int64) -> None:
+        """Part open pages that are written on from their twins on the host."""
+        blocks = length // self.page_size
+        inside = np.flatnonzero((blocks * self.page_size < length) & (num_new > 0))
+        self._twins.part(np.unique(self._table[rows[inside], blocks[inside]]))
+
     def _forget(self, pages: Int32) -> None:
         """Let pages that were just taken forget what they held."""
         assert self.prefix is not None
@@ -183,12 +198,18 @@ class PublishedBlocks(SharedPrefixes):
             by_block = tokens.reshape(pages.size, self.page_size)
         # Pages that hold their block already were published by a fork; evicted ones are gone.
         fit = (pages > 0) & ~self.prefix.held[pages]
+        self._enter_runs(chain, first, pages, fit, by_block)
+
+    def _enter_runs(
+        self, chain: BlockChain, first: int, pages: Int32, fit: Bools, by_block: Int32 | None
+    ) -> None:
+        """Publish the blocks from ``first`` on that fit: one announcement per run of them."""
+        assert self.prefix is not None
         if fit.all():
             runs = [np.arange(pages.size)]
         else:
             fresh = np.flatnonzero(fit)
             runs = np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1)
-        # One announcement per run of consecutive blocks.
         for run in runs:
             if run.size:
                 at = first + int(run[0])

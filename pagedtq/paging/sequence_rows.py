@@ -6,14 +6,25 @@ import itertools
 
 import numpy as np
 
-from ..errors import ArgumentError, ArgumentTypeError, UnknownSequence
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    StepError,
+    SwappedError,
+    UnknownSequence,
+)
 from .arguments import Int32, Int64, Integers, integer, integers, ranges
+from .fences import Fences
 from .page_pool import PagePool
 from .window_pool import WindowPool
 
 #: Low bits of a sequence id that hold its row.
 ROW_BITS = 24
 ROW_MASK = (1 << ROW_BITS) - 1
+
+#: Where a sequence is that is not simply on the device: on the way out with its pages still there,
+#: on the host, and on the way back.
+LEAVING, AWAY, RETURNING = 1, 2, 3
 
 # One serial per `open`, shared by all tables of the process: with the row below it an id is never
 # used again, and an id of other tables is never mistaken for one of these.
@@ -25,8 +36,9 @@ class SequenceRows:
 
     Row fields (``int64[capacity]``): ``length`` L, ``coded`` c, ``ring_start`` r, ``sinks`` s, the
     read boundaries ``keep`` and ``start``, and ``evicted``, the number of null entries among the
-    row's blocks. Without a window c, r and s are not kept up to date: they are L, L and 0. The last
-    five belong to `SharedPrefixes`.
+    row's blocks. Without a window c, r and s are not kept up to date: they are L, L and 0. The next
+    five belong to `SharedPrefixes`. ``away`` says where the sequence is: 0 on the device, else
+    `LEAVING`, `AWAY` or `RETURNING`.
     ``slot`` (``int32[capacity]``) is the window slot or -1; ``table`` (``int32[capacity, width]``)
     holds page ids, 0 where a block was evicted and from ``ceil(L / P)`` on. A row without a
     sequence is all zeros, its slot -1.
@@ -45,6 +57,7 @@ class SequenceRows:
     _published: Int64
     _taint: Int64
     _keyed: Int64
+    _away: Int64
     _table: Int32
 
     def __init__(
@@ -67,13 +80,16 @@ class SequenceRows:
         slots = integer("num_window_slots", num_window_slots, 1 if self.window_tokens else 0)
         self.pool = PagePool(num_pages)
         self.windows = WindowPool(slots if self.window_tokens else 0, num_pages)
+        self.fences = Fences(self.pool, self.windows)
         #: Grows with every change; tells a `StepPlan` whether its lazy arrays still hold.
         self.version = 0
-        self._fields = np.zeros((12, 0), np.int64)
+        self._fields = np.zeros((13, 0), np.int64)
         self._ids = np.empty(0, np.int64)
         self._slot = np.empty(0, np.int32)
         self._table = np.zeros((0, 8), np.int32)
         self._free_rows: list[int] = []
+        #: Sequences that are on the host, or on the way from or to it.
+        self._num_away = 0
         self._grow_rows(16)
 
     @property
@@ -115,6 +131,42 @@ class SequenceRows:
         if row >= self._ids.size or self._ids.item(row) != seq_id:
             raise self._unknown(seq_id)
         return row
+
+    def _resident_rows(self, seq_ids: Integers, operation: str) -> Int64:
+        """Return the rows of distinct sequences that are on the device and stay there."""
+        rows = self._distinct_rows(seq_ids)
+        if self._num_away:
+            self._refuse_away(rows, operation)
+        return rows
+
+    def _resident_row(self, seq_id: int, operation: str) -> int:
+        """Return the row of one sequence that is on the device and stays there."""
+        row = self._row_of(seq_id)
+        if self._num_away:
+            self._refuse_away(np.array([row]), operation)
+        return row
+
+    def _readable_rows(self, seq_ids: Integers, operation: str) -> Int64:
+        """Return the rows of sequences whose pages are on the device."""
+        rows = self._rows_of(seq_ids)
+        if self._num_away and int(self._away.take(rows).max(initial=0)) >= AWAY:
+            self._refuse_away(rows[self._away[rows] >= AWAY], operation)
+        return rows
+
+    def _refuse_away(self, rows: Int64, operation: str) -> None:
+        """Refuse rows that are swapped out, or on the way out or in."""
+        away = self._away.take(rows)
+        if not away.any():
+            return
+        worst = int(np.flatnonzero(away)[0])
+        seq_id = int(self._ids[rows[worst]])
+        if away[worst] == AWAY:
+            raise SwappedError(
+                f"cannot {operation} sequence {seq_id}: it is swapped out; swap it in, or close it"
+            )
+        raise StepError(
+            f"cannot {operation} sequence {seq_id}: it is being swapped; commit or abort the swap"
+        )
 
     def _unknown(self, seq_id: int) -> UnknownSequence:
         return UnknownSequence(
@@ -158,7 +210,7 @@ class SequenceRows:
         self._length, self._coded, self._ring_start, self._sinks = fields[:4]
         self._keep, self._start, self._evicted = fields[4:7]
         self._known, self._prompt_end, self._published = fields[7:10]
-        self._taint, self._keyed = fields[10:]
+        self._taint, self._keyed, self._away = fields[10:]
         # The last one is taken first: low rows before high ones.
         self._free_rows[:0] = range(new - 1, old - 1, -1)
 

@@ -26,7 +26,9 @@ from ..errors import ArgumentError, ArgumentTypeError
 from .arguments import Int32, Int64
 from .block_keys import BlockHasher, HashName, extras_of, token_array
 from .prefix_index import PrefixIndex
+from .swap_plan import HostPool, SwappedRow, SwapPlan
 from .table_views import TableViews
+from .twins import Twins
 
 if TYPE_CHECKING:
     from .retention import Retention
@@ -97,6 +99,7 @@ class SharedPrefixes(TableViews):
         num_sinks: int = 0,
         num_window_slots: int = 0,
         sharing: SharingOptions | None = None,
+        num_host_pages: int = 0,
     ) -> None:
         super().__init__(page_size, num_pages, window_tokens, num_sinks, num_window_slots)
         self.sharing = sharing
@@ -104,6 +107,14 @@ class SharedPrefixes(TableViews):
         self._hasher = BlockHasher(page_size, sharing.algorithm if sharing else "sha256")
         # Token ids of each page; only rows of pages whose tokens are known mean anything.
         self._page_tokens = np.zeros((num_pages if sharing else 0, page_size), np.int32)
+        self.host = HostPool(num_host_pages)
+        self._twins = Twins(num_pages, num_host_pages + 1)
+        # Token ids of each page of the host, as of those of the device.
+        host_rows = num_host_pages + 1 if sharing else 0
+        self._host_tokens = np.zeros((host_rows, page_size), np.int32)
+        self._swapped: dict[int, SwappedRow] = {}
+        #: Swaps under way, by the identity of their plans.
+        self._swaps: dict[int, SwapPlan] = {}
         self._chains: dict[int, BlockChain] = {}
         #: Priorities and pins, once there are any.
         self.retention: Retention | None = None
@@ -134,8 +145,11 @@ class SharedPrefixes(TableViews):
         return len(self._found(keys, tokens.size, tokens)) * self.page_size
 
     def reset_prefix_cache(self) -> bool:
-        """Forget every block if no page has an owner; return whether that was so."""
-        if self.pool.num_used:
+        """Forget every block if no page has an owner; return whether that was so.
+
+        Sequences that are swapped out bring their blocks back, so they count as owners.
+        """
+        if self.pool.num_used or self._swapped:
             return False
         if self.prefix is not None:
             self.windows.release_records(self.windows.resting_pages)

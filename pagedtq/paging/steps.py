@@ -7,8 +7,9 @@ import numpy as np
 from ..errors import OutOfPages, OutOfWindowSlots, StepError
 from .arguments import Bools, Int32, Int64, Integers, ranges, token_counts
 from .published_blocks import NO_MEMBERS, PublishedBlocks
+from .sequence_rows import LEAVING
 from .shared_prefixes import Tokens
-from .step_plan import NO_COPIES, NO_IDS, PageCopies, SequenceState, StepPlan
+from .step_plan import NO_COPIES, PageCopies, SequenceState, StepPlan
 
 
 class Steps(PublishedBlocks):
@@ -56,7 +57,7 @@ class Steps(PublishedBlocks):
         self._refuse_open_step("reserve")
         if self.retention is not None:
             self.retention.refresh()
-        rows = self._distinct_rows(seq_ids)
+        rows = self._resident_rows(seq_ids, "append to")
         # A copy: the plan must not change with the caller's array.
         num_new = token_counts("num_new_tokens", num_new_tokens, rows.size).copy()
         size = self.page_size
@@ -79,7 +80,7 @@ class Steps(PublishedBlocks):
             self._grow_width(int(blocks_after.max()))
         # Nothing fails from here on.
         self.version += 1
-        pages = self.pool.acquire(need)
+        pages = self._take_pages(need)
         cow = copies = sink_copies = NO_COPIES
         fresh_pages = new_pages = pages
         if leaving.size:
@@ -94,10 +95,8 @@ class Steps(PublishedBlocks):
             coded = old.coded[leaving] > at[1] * size
             copies = PageCopies(cow.src[coded], cow.dst[coded])
             new_pages = np.delete(pages, places[coded])
-        if tokens is not None:
-            self._forget(pages)
-            if leaving.size:
-                self._page_tokens[cow.dst] = self._page_tokens[cow.src]
+        if tokens is not None and leaving.size:
+            self._page_tokens[cow.dst] = self._page_tokens[cow.src]
         lost = NO_MEMBERS
         if leaving.size and self.num_sinks:
             lost, sink_copies = self._copy_sinks(cow, leaving, at[1] == 0, old.num_sinks)
@@ -108,6 +107,8 @@ class Steps(PublishedBlocks):
         if lost.size:
             new = new._replace(num_sinks=new.num_sinks.copy())
             new.num_sinks[lost] = 0
+        if self._twins.count:
+            self._part_written(rows, old.length, num_new)
         if tokens is not None:
             self._note_writes(rows, old.length, num_new, tokens)
         window_copies = self._take_slots(rows, old, slot_members, slot_copies)
@@ -173,13 +174,15 @@ class Steps(PublishedBlocks):
         return self._cut(plan.rows, plan.old.length)
 
     def pages_in_flight(self) -> Int32:
-        """Return pages that work under way reads or writes: those of the open step's members.
+        """Return pages that work under way reads or writes.
 
-        No eviction policy takes them; a page may be listed twice.
+        Those of the open step's members, and of sequences that are being swapped out. No eviction
+        policy takes them; a page may be listed twice.
         """
-        if self._step is None:
-            return NO_IDS
-        pages = self._table[self._step.rows]
+        rows = [NO_MEMBERS] if self._step is None else [self._step.rows]
+        if self._num_away:
+            rows.append(np.flatnonzero(self._away == LEAVING))
+        pages = self._table[np.concatenate(rows)]
         return pages[pages > 0]
 
     def _refuse_open_step(self, operation: str) -> None:

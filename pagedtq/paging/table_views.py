@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .arguments import Int32, Int64, Integers, integers
-from .sequence_rows import SequenceRows
+from .sequence_rows import AWAY, SequenceRows
 from .step_plan import SequenceState
 
 
@@ -49,6 +49,11 @@ class TableViews(SequenceRows):
         # An id's high bits are the serial number of its `open`.
         return np.sort(self._ids[self._ids >= 0])
 
+    def resident_ids(self) -> Int64:
+        """Return the ids of the sequences that are on the device and stay there, as above."""
+        ids = self.sequence_ids()
+        return ids[self._away[self._rows_of(ids)] == 0] if self._num_away else ids
+
     def checked_id(self, seq_id: int) -> int:
         """Return the id of an open sequence; refuse any other."""
         self._row_of(seq_id)
@@ -77,7 +82,7 @@ class TableViews(SequenceRows):
             The null page 0 where a block was evicted and as padding; ``max_blocks`` is that of the
             longest sequence of the batch.
         """
-        rows = self._rows_of(seq_ids)
+        rows = self._readable_rows(seq_ids, "read")
         return self._table[rows, : self._max_blocks(rows)]
 
     def reads(self, seq_ids: Integers, overlay: bool) -> Reads:
@@ -90,7 +95,7 @@ class TableViews(SequenceRows):
         overlay : bool
             Whether the layer keeps the exact window. A layer without it reads all from pages.
         """
-        rows = self._rows_of(seq_ids)
+        rows = self._readable_rows(seq_ids, "read")
         length, _, ring_start, sinks = self._states(rows)
         if overlay:
             first, stop = np.minimum(sinks, ring_start), ring_start
@@ -100,16 +105,20 @@ class TableViews(SequenceRows):
 
     def window_slots(self, seq_ids: Integers) -> Int32:
         """Return the window slot of each sequence, -1 without one, ``int32[B]``."""
-        return self._slot[self._rows_of(seq_ids)]
+        return self._slot[self._readable_rows(seq_ids, "read")]
 
     def sink_records(self, seq_ids: Integers) -> Int32:
         """Return the sink record of each sequence's block 0, -1 without one, ``int32[B]``."""
-        return self.row_sink_records(self._rows_of(seq_ids))
+        return self.row_sink_records(self._readable_rows(seq_ids, "read"))
 
     @property
     def resident_tokens(self) -> int:
-        """Positions whose block has a page, summed over sequences (shared pages count for each)."""
-        return int(self._length.sum()) - self.page_size * int(self._evicted.sum())
+        """Positions whose block has a page, summed over sequences (shared pages count for each).
+
+        Sequences that are swapped out have none.
+        """
+        here = self._away < AWAY
+        return int(self._length[here].sum()) - self.page_size * int(self._evicted[here].sum())
 
     @property
     def logical_tokens(self) -> int:
@@ -119,7 +128,9 @@ class TableViews(SequenceRows):
     @property
     def num_resident_blocks(self) -> int:
         """Blocks that have a page, summed over sequences (shared pages count for each)."""
-        return int((-(-self._length // self.page_size)).sum()) - int(self._evicted.sum())
+        here = self._away < AWAY
+        blocks = -(-self._length[here] // self.page_size)
+        return int(blocks.sum()) - int(self._evicted[here].sum())
 
     @property
     def nbytes(self) -> int:
@@ -128,7 +139,7 @@ class TableViews(SequenceRows):
 
     def resident_lengths(self, seq_ids: Integers) -> Int64:
         """Return the number of positions of each sequence whose block has a page, ``int64[B]``."""
-        rows = self._rows_of(seq_ids)
+        rows = self._readable_rows(seq_ids, "read")
         return self._length.take(rows) - self.page_size * self._evicted.take(rows)
 
     def slots_of(self, seq_id: int, positions: Integers) -> Int64:
@@ -139,7 +150,7 @@ class TableViews(SequenceRows):
         ArgumentError
             If a position is not in ``[0, length)``.
         """
-        row = self._row_of(seq_id)
+        row = int(self._readable_rows([seq_id], "read")[0])
         wanted = integers("positions", positions)
         length = int(self._length[row])
         if wanted.size and (int(wanted.min()) < 0 or int(wanted.max()) >= length):
@@ -151,7 +162,7 @@ class TableViews(SequenceRows):
 
     def csr(self, seq_ids: Integers) -> PageIndices:
         """Return the page tables without evicted blocks, in compressed rows."""
-        rows = self._rows_of(seq_ids)
+        rows = self._readable_rows(seq_ids, "read")
         table = self._table[rows, : self._max_blocks(rows)]
         member, block = np.nonzero(table)
         indptr = np.zeros(rows.size + 1, np.int32)

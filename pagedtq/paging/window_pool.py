@@ -39,6 +39,7 @@ class WindowPool(CountedPool):
         self._records = _RecordPool(0, self._count)
         # Pages without an owner whose records rest; the one that rests longest comes first.
         self._resting: dict[int, None] = {}
+        self._fenced = False
         self._record_of = np.full(integer("num_pages", num_pages, 2), -1, np.int32)
         view = self._record_of.view()
         view.flags.writeable = False
@@ -98,13 +99,24 @@ class WindowPool(CountedPool):
         """Give each page a record, if need be one that rests; -1 to those that find none left."""
         array = self._pages(pages)
         lacking = array.size - self._records.num_free
-        if lacking > 0 and self._resting:
+        # Behind a fence a record would only be parked: nobody would gain what its page loses.
+        if lacking > 0 and self._resting and not self._fenced:
             oldest = list(self._resting)[:lacking]
             self.release_records(np.array(oldest, np.int64))
         given = min(array.size, self._records.num_free)
         records = np.full(array.size, -1, np.int32)
         records[:given] = self.acquire_records(array[:given])
         return records
+
+    def num_records_available(self, kept: Integers) -> int:
+        """Return how many pages `acquire_available_records` can serve.
+
+        The records that rest on pages in ``kept`` do not count.
+        """
+        if self._fenced or not self._resting:
+            return self._records.num_free
+        staying = sum(page in self._resting for page in set(self._pages(kept).tolist()))
+        return self._records.num_free + len(self._resting) - staying
 
     def rest_records(self, pages: Int32) -> None:
         """Let the records of pages that have no owner any more rest; some may have none."""
@@ -116,6 +128,18 @@ class WindowPool(CountedPool):
         if self._resting:
             for page in pages.tolist():
                 self._resting.pop(page, None)
+
+    def fence(self, epoch: int) -> None:
+        """Park slots and records that are released from now on; for `Fences`."""
+        super().fence(epoch)
+        self._records.fence(epoch)
+        self._fenced = True
+
+    def unfence(self, oldest: int | None) -> Int32:
+        """Let slots and records rejoin, see `CountedPool.unfence`; return the slots."""
+        self._records.unfence(oldest)
+        self._fenced = oldest is not None
+        return super().unfence(oldest)
 
     @property
     def resting_pages(self) -> Int32:

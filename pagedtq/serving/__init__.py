@@ -2,6 +2,7 @@
 
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog, KVEventBatch
 from .manager import BlockManager, PrefixCacheStats
+from .preemption import PreemptionCosts, choose_preemption
 from .request import Blocks, Request, ServedRequest
 
 __all__ = [
@@ -12,7 +13,9 @@ __all__ = [
     "Blocks",
     "EventLog",
     "KVEventBatch",
+    "PreemptionCosts",
     "PrefixCacheStats",
     "Request",
     "ServedRequest",
+    "choose_preemption",
 ]

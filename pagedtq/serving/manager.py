@@ -254,7 +254,7 @@ class BlockManager:
         if holding is None:
             need = max(-(-whole // size) - len(pages), 0)
             if pages:
-                need += int(np.count_nonzero(tables.pool.ref_counts[np.array(pages)] == 0))
+                need += tables.pool.num_leaving(pages)
             if has_scheduled_reqs:
                 need += self.watermark_blocks
             if need > tables.pool.num_free - reserved:

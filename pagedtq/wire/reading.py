@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..backends.dtypes import STORAGE
 from ..cache import PagedKVCache
-from ..cache.kv_cache import POISON
+from ..cache.swapping import POISON
 from ..errors import StepError, WireChecksum, WireMalformed
 from ..paging.adoption import AdoptionPlan
 from .header import END_MAGIC, FOOTER, TRAILER_BYTES, Header

@@ -75,8 +75,8 @@ def load_cache(
         As `PagedKVCache`.
     config : CacheConfig, optional
         The configuration to load into: it may differ from the saved one in ``num_pages``,
-        ``num_window_slots`` and ``pool_order``. By default the saved one, as long as its cache fits
-        this machine's memory.
+        ``num_window_slots``, ``num_host_pages`` and ``pool_order``. By default the saved one, as
+        long as its cache fits this machine's memory.
     accumulate, num_threads, debug
         As `PagedKVCache`.
 
@@ -221,6 +221,7 @@ def _refuse_huge(config: CacheConfig) -> None:
     layout = PageLayout(config)
     slots = config.num_window_slots if config.window_tokens else 0
     need = layout.pool_bytes + slots * layout.window_slot_bytes
+    need += config.num_host_pages * layout.page_bytes
     have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if need > have:
         raise ArgumentError(

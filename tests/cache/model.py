@@ -13,7 +13,13 @@ import numpy as np
 import pytest
 
 from pagedtq import KeepFirstLast, PagedKVCache
-from pagedtq.errors import ArgumentError, CapacityError, EvictedError, StepError
+from pagedtq.errors import (
+    ArgumentError,
+    CapacityError,
+    EvictedError,
+    StepError,
+    SwappedError,
+)
 from tests.cache.bank import HEADS, LAYERS, bank_of, differences, make_config, snapshot, token_bytes
 from tests.reference import relative_error, scores, softmax_attention
 
@@ -90,6 +96,7 @@ class CheckedCache:
         num_slots: int = 4,
         head_dim: int = 16,
         seed: int = 0,
+        num_host_pages: int = 20,
         **fields,
     ) -> None:
         self.bank = bank_of(name, kv_dtype, head_dim)
@@ -101,12 +108,16 @@ class CheckedCache:
             window=window,
             num_pages=num_pages,
             num_window_slots=num_slots,
+            num_host_pages=num_host_pages,
             **fields,
         )
         self.cache = PagedKVCache(config, num_threads=1, debug=True)
         self.config = config
         self.sequences: dict[int, Sequence] = {}
         self.step: OpenStep | None = None
+        # Sequences on the host, and swaps under way: plans, and whether they are copied.
+        self.away: set[int] = set()
+        self.swaps: list[list] = []
         # Apart, so that checking does not change what happens next.
         self.token_rng, self.check_rng = np.random.default_rng(seed).spawn(2)
 
@@ -207,6 +218,71 @@ class CheckedCache:
         self.cache.close(seq_ids)
         for seq_id in seq_ids:
             del self.sequences[seq_id]
+        self.away -= set(seq_ids)
+
+    # -- swaps -------------------------------------------------------------------------------
+
+    @property
+    def moving(self) -> set[int]:
+        return {seq_id for plan, _ in self.swaps for seq_id in plan.seq_ids.tolist()}
+
+    def usable(self) -> list[int]:
+        """Sequences that can be changed."""
+        hidden = self.away | self.moving
+        return [seq_id for seq_id in self.sequences if seq_id not in hidden]
+
+    def on_host(self) -> list[int]:
+        return sorted(self.away - self.moving)
+
+    def begin_swap(self, out: bool, seq_ids: list[int]) -> bool:
+        begin = self.cache.begin_swap_out if out else self.cache.begin_swap_in
+        plans: list = []
+        if not self._fits(lambda: plans.append(begin(seq_ids))):
+            return False
+        self.swaps.append([plans[0], False])
+        return True
+
+    def copy_swap(self, index: int) -> None:
+        """Copy the bytes; twice is as good as once."""
+        self.cache.copy_swap(self.swaps[index][0])
+        self.swaps[index][1] = True
+
+    def end_swap(self, index: int, commit: bool) -> None:
+        plan, copied = self.swaps[index]
+        seq_ids, out = set(plan.seq_ids.tolist()), plan.direction == "out"
+        if commit:
+            if not copied:
+                self.refuses(StepError, lambda: self.cache.commit_swap(plan))
+                self.copy_swap(index)
+            self.cache.commit_swap(plan)
+            self.away = self.away | seq_ids if out else self.away - seq_ids
+        else:
+            self.cache.abort_swap(plan)
+        del self.swaps[index]
+        self.refuses(StepError, lambda: self.cache.copy_swap(plan))
+
+    def swap(self, out: bool, seq_ids: list[int]) -> bool:
+        """Swap in one call."""
+        call = self.cache.swap_out if out else self.cache.swap_in
+        if not self._fits(lambda: call(seq_ids)):
+            return False
+        self.away = self.away | set(seq_ids) if out else self.away - set(seq_ids)
+        return True
+
+    def refuses_uses(self, seq_id: int) -> None:
+        """A sequence on the host can neither be changed nor read."""
+        queries = np.zeros((1, HEADS * GROUP, self.config.head_dim), np.float32)
+        for call in (
+            lambda: self.cache.fork(seq_id),
+            lambda: self.cache.truncate(seq_id, 0),
+            lambda: self.cache.evict(seq_id, [0]),
+            lambda: self.cache.begin_step(seq_id),
+            lambda: self.cache.swap_out(seq_id),
+            lambda: self.cache.attend(0, queries, seq_id),
+            lambda: self.cache.score(0, queries, seq_id),
+            lambda: self.cache.load(0, seq_id),
+        ):
+            self.refuses((SwappedError, StepError), call)
 
     def refuses(self, error: type[Exception], call) -> None:
         """The call raises and changes nothing."""
@@ -262,9 +338,12 @@ class CheckedCache:
         stats = self.cache.stats()
         assert stats.num_sequences == len(self.sequences)
         assert stats.logical_tokens == sum(len(s.tokens) for s in self.sequences.values())
+        assert stats.num_swapped == len(self.away)
         for seq_id in seq_ids:
             assert self.cache.length(seq_id) == len(self.sequences[seq_id].tokens)
             assert tuple(self.cache.state(seq_id)) == self.sequences[seq_id].state
+            assert self.cache.is_swapped(seq_id).tolist() == [seq_id in self.away]
+        seq_ids = [seq_id for seq_id in seq_ids if seq_id not in self.away]
         for layer in range(LAYERS) if layers is None else layers:
             self._check_layer(layer, seq_ids)
 

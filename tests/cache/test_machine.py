@@ -34,7 +34,7 @@ def idle(machine: CacheMachine) -> bool:
 
 
 def idle_and_open(machine: CacheMachine) -> bool:
-    return machine.run.step is None and bool(machine.run.sequences)
+    return machine.run.step is None and bool(machine.run.usable())
 
 
 def in_step(machine: CacheMachine) -> bool:
@@ -52,7 +52,7 @@ class CacheMachine(RuleBasedStateMachine):
     windows = 0
 
     def pick(self, index: int) -> int:
-        ids = list(self.run.sequences)
+        ids = self.run.usable()
         return ids[index % len(ids)]
 
     def counts(self, members: list[tuple[int, int]]) -> dict[int, int]:
@@ -112,12 +112,12 @@ class CacheMachine(RuleBasedStateMachine):
     def abort_step(self) -> None:
         self.run.abort_step()
 
-    @precondition(in_step)
+    @precondition(lambda self: in_step(self) and self.run.usable())
     @rule(index=INDEX)
     def change_inside_a_step(self, index: int) -> None:
         self.run.refuses_changes(self.pick(index))
 
-    @precondition(lambda self: has_room(self) and self.run.sequences)
+    @precondition(lambda self: has_room(self) and self.run.usable())
     @rule(index=INDEX)
     def fork(self, index: int) -> None:
         self.run.fork(self.pick(index))
@@ -146,6 +146,37 @@ class CacheMachine(RuleBasedStateMachine):
     def close(self, chosen: set[int]) -> None:
         self.run.close(sorted({self.pick(index) for index in chosen}))
 
+    @precondition(lambda self: idle(self) and self.run.on_host())
+    @rule(index=INDEX)
+    def close_on_the_host(self, index: int) -> None:
+        self.run.close([self.run.on_host()[index % len(self.run.on_host())]])
+
+    @precondition(lambda self: self.run.away)
+    @rule(index=INDEX)
+    def use_on_the_host(self, index: int) -> None:
+        self.run.refuses_uses(sorted(self.run.away)[index % len(self.run.away)])
+
+    @precondition(lambda self: idle(self) and (self.run.usable() or self.run.on_host()))
+    @rule(chosen=st.sets(INDEX, min_size=1, max_size=2), at_once=st.booleans(), out=st.booleans())
+    def swap(self, chosen: set[int], at_once: bool, out: bool) -> None:
+        out = bool(self.run.usable()) if not self.run.on_host() else out and self.run.usable()
+        ids = self.run.usable() if out else self.run.on_host()
+        members = sorted({ids[index % len(ids)] for index in chosen})
+        if at_once:
+            self.run.swap(bool(out), members)
+        elif len(self.run.swaps) < 3:
+            self.run.begin_swap(bool(out), members)
+
+    @precondition(lambda self: self.run.swaps)
+    @rule(index=INDEX)
+    def copy_swap(self, index: int) -> None:
+        self.run.copy_swap(index % len(self.run.swaps))
+
+    @precondition(lambda self: idle(self) and self.run.swaps)
+    @rule(index=INDEX, commit=st.sampled_from([True, True, False]))
+    def end_swap(self, index: int, commit: bool) -> None:
+        self.run.end_swap(index % len(self.run.swaps), commit)
+
     @invariant()
     def agree(self) -> None:
         self.run.check()
@@ -172,7 +203,7 @@ def test_every_operation_agrees_with_the_model(page_size, windows):
 def random_operation(run: CheckedCache, rng: np.random.Generator) -> list[int]:
     """Do something; return the sequences it concerned (those that still exist)."""
     size = run.config.page_size
-    ids = list(run.sequences)
+    ids = run.usable()
     if run.step is not None:
         members = list(run.step.chunks)
         kind = rng.integers(5)
@@ -183,8 +214,12 @@ def random_operation(run: CheckedCache, rng: np.random.Generator) -> list[int]:
         else:
             run.commit()
         return members
+    if not ids and run.sequences and rng.random() < 0.7:
+        return random_swap(run, rng)
     if not ids or (len(ids) < MAX_SEQUENCES and rng.random() < 0.05):
         return [run.open()]
+    if rng.random() < 0.15:
+        return random_swap(run, rng)
     one = int(rng.choice(ids))
     length = len(run.sequences[one].tokens)
     kind = rng.random()
@@ -211,6 +246,28 @@ def random_operation(run: CheckedCache, rng: np.random.Generator) -> list[int]:
         run.close([one])
         return []
     return [one]
+
+
+def random_swap(run: CheckedCache, rng: np.random.Generator) -> list[int]:
+    """Begin, copy or end a swap, or swap in one call."""
+    if run.swaps and (len(run.swaps) > 2 or rng.random() < 0.5):
+        at = int(rng.integers(len(run.swaps)))
+        concerned = run.swaps[at][0].seq_ids.tolist()
+        if rng.random() < 0.3:
+            run.copy_swap(at)
+        else:
+            run.end_swap(at, bool(rng.random() < 0.8))
+        return concerned
+    out = bool(rng.random() < 0.4)
+    ids = run.usable() if out else run.on_host()
+    if not ids:
+        return []
+    members = rng.permutation(ids)[: rng.integers(1, 3)].tolist()
+    if rng.random() < 0.5:
+        run.swap(out, members)
+    else:
+        run.begin_swap(out, members)
+    return members
 
 
 def walk(run: CheckedCache, operations: int, full_check_every: int, seed: int) -> None:

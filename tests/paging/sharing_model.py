@@ -69,9 +69,17 @@ class SharedSequence(Sequence):
 class SharingCache(TokenCache):
     """A `TokenCache` whose sequences are opened with tokens."""
 
-    def __init__(self, page_size, num_pages, window=0, num_sinks=0, num_slots=0, **options):
+    def __init__(
+        self, page_size, num_pages, window=0, num_sinks=0, num_slots=0, num_host_pages=0, **options
+    ):
         super().__init__(
-            page_size, num_pages, window, num_sinks, num_slots, SharingOptions(**options)
+            page_size,
+            num_pages,
+            window,
+            num_sinks,
+            num_slots,
+            sharing=SharingOptions(**options),
+            num_host_pages=num_host_pages,
         )
         self.contexts: dict[object, int] = {}
         self.hits = 0

@@ -10,18 +10,24 @@ from pagedtq.errors import (
     ArgumentError,
     ArgumentTypeError,
     IntegrityError,
+    OutOfEvictablePages,
     OutOfPages,
     PinLimit,
+    StepError,
+    SwappedError,
     UnknownSequence,
 )
 from pagedtq.paging import (
     ByPriority,
+    EvictionPlan,
     EvictLowest,
+    OldestFirst,
     PageTables,
     Retention,
     SharingOptions,
     evictable_blocks,
     eviction,
+    plan_free,
 )
 from pagedtq.paging.free_queue import FreeQueue
 from pagedtq.paging.retained_queue import DEFAULT_PRIORITY
@@ -454,3 +460,42 @@ def test_a_queue_of_other_ids_is_refused():
         tables.pool.use_queue(FreeQueue(1, 3))
     with pytest.raises(OutOfPages):
         tables.pool.acquire(5)
+
+
+# -- fences and swaps -----------------------------------------------------------------------------
+
+
+def test_priorities_and_evictions_wait_for_fences():
+    tables, retention, _ = tables_of()
+    seq, _ = admit(tables, prompt(1, 4))
+    retention.keep(seq, 10, 0, 32)
+    fence = tables.fences.open()
+    freed = eviction.apply(
+        tables, EvictLowest(ByPriority(retention), max_pages=2).plan(tables, seq)
+    )
+    assert freed.tolist() == [2, 1]
+    assert free_order(tables) == [5, 6, 7, 8, 9, 10]
+    tables.check_integrity()
+    tables.fences.close(fence)
+    assert free_order(tables) == [2, 1, 5, 6, 7, 8, 9, 10]
+    tables.check_integrity()
+
+
+def test_sequences_on_the_host_or_on_the_way_give_no_pages():
+    tables = PageTables(SIZE, 30, sharing=SharingOptions(), num_host_pages=20)
+    (a, b, c) = ids = tables.open_many(3).tolist()
+    tables.commit(tables.reserve(ids, 48))
+    tables.commit_swap(tables.begin_swap_out([a]))
+    swap = tables.begin_swap_out([b])
+    plans = plan_free(tables, 3, OldestFirst())
+    assert [plan.seq_id for plan in plans] == [c]
+    with pytest.raises(OutOfEvictablePages, match="found 3"):
+        plan_free(tables, 4, OldestFirst())
+    with pytest.raises(SwappedError):
+        plan_free(tables, 1, OldestFirst(), [a])
+    assert evictable_blocks(tables, [b, c]).members.tolist() == [1, 1, 1]
+    with pytest.raises(StepError, match="it is being swapped"):
+        eviction.apply_all(tables, [*plans, EvictionPlan(b, np.array([0]), 0, 0)])
+    tables.abort_swap(swap)
+    eviction.apply_all(tables, plans)
+    tables.check_integrity()

@@ -51,8 +51,11 @@ class TokenCache:
         num_sinks: int = 0,
         num_slots: int = 0,
         sharing: SharingOptions | None = None,
+        num_host_pages: int = 0,
     ) -> None:
-        self.tables = PageTables(page_size, num_pages, window, num_sinks, num_slots, sharing)
+        self.tables = PageTables(
+            page_size, num_pages, window, num_sinks, num_slots, sharing, num_host_pages
+        )
         # The middle layer stands for one that an aborted step never reached.
         self.layers = [Layer(self.tables, overlay=True), Layer(self.tables, overlay=True)]
         self.layers.append(Layer(self.tables, overlay=False))
@@ -99,7 +102,9 @@ class TokenCache:
             for layer in self.layers[1:]:
                 layer.abort(plan)
             blocks = -(-(lengths + num_new) // size) - -(-lengths // size)
-            assert tables.abort(plan).size == blocks.sum()
+            freed = tables.abort(plan)
+            assert freed.size == blocks.sum()
+            self.poison(freed)
         else:
             for layer in self.layers[1:]:
                 layer.store(plan, tokens)
@@ -223,14 +228,23 @@ class TokenCache:
         for seq_id in ids:
             resident += self._check_sequence(seq_id)
         assert self.tables.resident_tokens == resident
-        size, sequences = self.tables.page_size, self.model.values()
+        size, here = self.tables.page_size, self._readable()
+        sequences = [self.model[seq_id] for seq_id in here]
         blocks = sum(-(-len(s.tokens) // size) - len(s.evicted) for s in sequences)
         assert self.tables.num_resident_blocks == blocks
-        assert self.tables.logical_tokens == sum(len(s.tokens) for s in sequences)
-        distinct = {int(page) for row in self.tables.block_table(ids) for page in row if page}
+        assert self.tables.logical_tokens == sum(len(s.tokens) for s in self.model.values())
+        distinct = {int(page) for row in self.tables.block_table(here) for page in row if page}
         if self.tables.retention is not None:
             distinct |= set(np.flatnonzero(self.tables.retention.pinned).tolist())
-        assert self.tables.pool.num_used == len(distinct)
+        assert self.tables.pool.num_used == len(distinct | self._pages_in_flight())
+
+    def _readable(self) -> list[int]:
+        """Sequences whose pages are on the device."""
+        return list(self.model)
+
+    def _pages_in_flight(self) -> set[int]:
+        """Pages that a swap brings back, in no table yet."""
+        return set()
 
     def snapshot(self) -> tuple[object, ...]:
         return snapshot(self.tables)
@@ -312,12 +326,29 @@ def snapshot(tables: PageTables) -> tuple[object, ...]:
         tables._table,
         tables.pool.ref_counts,
         tables.pool.free_ids(),
+        tables.pool.parked_ids(),
         tables.windows.ref_counts,
         tables.windows.free_ids(),
+        tables.windows.parked_ids(),
         tables.windows.sink_record,
         tables.windows._records.ref_counts,
         tables.windows._records.free_ids(),
+        tables.windows._records.parked_ids(),
+        tables.host.ref_counts,
+        tables.host.free_ids(),
+        tables.host.rings.ref_counts,
+        tables.host.rings.free_ids(),
+        *tables._twins.pairs(),
     )
     state = [array.tobytes() for array in arrays]
     shared = tables.pool.num_shared, tables.windows.num_shared
-    return (*state, shared, list(tables._free_rows), tables.version, tables._step)
+    swaps = list(tables._swaps), sorted(tables._swapped), tables._num_away
+    return (
+        *state,
+        swaps,
+        tables.fences.num_open,
+        shared,
+        list(tables._free_rows),
+        tables.version,
+        tables._step,
+    )
