@@ -185,7 +185,7 @@ class TokenCache:
         """Free pages over all sequences; refused, with nothing changed, if too few can go."""
         tables, refs = self.tables, self.tables.pool.ref_counts
         owners: Counter[int] = Counter()
-        for seq_id in self.model:
+        for seq_id in self._evicting():
             pages = tables.block_table([seq_id])[0]
             owners.update(int(pages[block]) for block in self.evictable(seq_id))
         possible = sum(refs[page] == count for page, count in owners.items())
@@ -240,6 +240,10 @@ class TokenCache:
 
     def _readable(self) -> list[int]:
         """Sequences whose pages are on the device."""
+        return list(self.model)
+
+    def _evicting(self) -> list[int]:
+        """Sequences that pages can be taken from."""
         return list(self.model)
 
     def _pages_in_flight(self) -> set[int]:
