@@ -1,6 +1,6 @@
-"""Write the tables of docs/performance.md and the README from benchmarks/results.
+"""Write the tables of the README and of pages in docs from benchmarks/results.
 
-``python -m benchmarks.tables`` rewrites what stands between the marker comments of both files;
+``python -m benchmarks.tables`` rewrites what stands between the marker comments of these files;
 ``--check`` only says whether they are up to date. No figure on these pages is typed by hand.
 """
 
@@ -114,18 +114,29 @@ def figures() -> str:
     """Return the body of docs/performance.md."""
     parts = []
     for name, (question, columns, chosen) in SECTIONS.items():
-        result = load(name)
-        rows = [row for row in result["rows"] if chosen(row)]
-        versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-        machine = result["machine"]
-        parts += [
-            f"### {question}",
-            f"`{result['command']}` on {result['date'][:10]}, {machine['cpu']}, "
-            f"{machine['cores']} cores; {versions}.",
-            markdown(rows, columns),
-            *(f"- {note}" for note in result["notes"]),
-        ]
+        parts += [f"### {question}", section(name, columns, chosen)]
     return "\n\n".join(parts)
+
+
+def section(name: str, columns: tuple[str, ...], chosen: Callable[[Row], bool]) -> str:
+    """Return conditions, table and notes of one result."""
+    result = load(name)
+    rows = [row for row in result["rows"] if chosen(row)]
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    machine = result["machine"]
+    parts = [
+        f"`{result['command']}` on {result['date'][:10]}, {machine['cpu']}, "
+        f"{machine['cores']} cores; {versions}.",
+        markdown(rows, columns),
+        *(f"- {note}" for note in result["notes"]),
+    ]
+    return "\n\n".join(parts)
+
+
+def eviction() -> str:
+    """Return the body of docs/eviction.md."""
+    columns = ("case", "budget", "policy", "relative error", "standard error", "attention kept")
+    return section("eviction", columns, lambda row: True)
 
 
 def summary() -> str:
@@ -162,7 +173,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
     options = parser.parse_args()
     stale = []
-    for path, body in ((ROOT / "docs/performance.md", figures()), (ROOT / "README.md", summary())):
+    for path, body in (
+        (ROOT / "docs/performance.md", figures()),
+        (ROOT / "docs/eviction.md", eviction()),
+        (ROOT / "README.md", summary()),
+    ):
         text = rewritten(path, body)
         if text != path.read_text(encoding="utf-8"):
             stale.append(path.name)

@@ -13,6 +13,7 @@ from .config import (
     preset,
 )
 from .errors import PagedTQError
+from .paging.evict_lowest import EvictLowest
 from .paging.eviction import KeepFirstLast
 from .paging.shared_prefixes import SharingOptions
 
@@ -22,6 +23,7 @@ __all__ = [
     "PRESETS",
     "CacheConfig",
     "Codec",
+    "EvictLowest",
     "Exact",
     "KeepFirstLast",
     "LayerOverride",

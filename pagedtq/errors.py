@@ -152,6 +152,24 @@ class OutOfPages(CapacityError):
     remedy = "evict, close sequences or raise num_pages"
 
 
+class OutOfEvictablePages(CapacityError):
+    """Too few pages may be evicted; ``free`` counts those that may, ``total`` those in use."""
+
+    unit = "evictable pages"
+    remedy = "name more sequences, protect fewer tokens, unpin pages or close sequences"
+
+    def __init__(self, need: int, free: int, total: int) -> None:
+        super().__init__(need, free, total)
+        self.args = (f"need {need} {self.unit}, found {free} of {total} in use; {self.remedy}",)
+
+
+class PinLimit(CapacityError):
+    """More pages would be pinned than may be; ``free`` counts those that still may."""
+
+    unit = "pins"
+    remedy = "unpin pages or raise max_pinned_share"
+
+
 class OutOfWindowSlots(CapacityError):
     """No window slot is left for a sequence that must write its exact window."""
 

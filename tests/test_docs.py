@@ -11,7 +11,10 @@ from markdown_code import python_blocks, run_blocks
 LINK = re.compile(r"(?:\]\(|\{image\} |src=\")([\w./-]+\.(?:svg|md|png))")
 
 
-@pytest.mark.parametrize("page", ["quickstart", "page-format", "wire-format", "compat", "serving"])
+PAGES = ["quickstart", "page-format", "wire-format", "compat", "serving", "eviction"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_code_of_the_page_runs(root, page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_blocks(root / "docs" / f"{page}.md")
@@ -20,8 +23,7 @@ def test_code_of_the_page_runs(root, page, tmp_path, monkeypatch):
 def test_no_other_page_holds_code_that_is_not_run(root):
     pages = {path.stem for path in (root / "docs").rglob("*.md") if python_blocks(path)}
     # The last one needs torch: tests/integrations runs it.
-    run = {"quickstart", "page-format", "wire-format", "compat", "serving", "integrations"}
-    assert pages <= run
+    assert pages <= {*PAGES, "integrations"}
 
 
 def test_figures_and_pages_that_are_linked_exist(root):

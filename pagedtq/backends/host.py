@@ -8,12 +8,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..codec.constants import constant_bytes
-from ..config import CacheConfig, Dtype
+from ..config import CacheConfig, Dtype, TurboQuant
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..paging.arguments import integer
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
 from .dtypes import check_shape
+from .host_bounds import PageBounds
 from .host_chunk import attend_chunk
 from .host_layer import HostLayer
 from .host_pages import PageBytes
@@ -266,6 +267,61 @@ class HostBackend:
         """
         one = self._layer(layer)
         return one.score(self._tokens(queries, reads, None, None), block_table, reads)
+
+    def score_bounds(
+        self, layer: int, queries: Array, block_table: Array, reads: Reads
+    ) -> PageBounds:
+        """Bound the scores of one query token per sequence by page, without reading codes.
+
+        Only pages all of whose positions are in codes have bounds: those below ``reads.stop``.
+        Parameters are those of `attend`.
+
+        Returns
+        -------
+        PageBounds
+            Not below any of the scores that `score` computes of the same pages.
+
+        Raises
+        ------
+        UnsupportedError
+            If the layer keeps no bounds: ``key_bounds`` is off, or its keys are exact or polar.
+        """
+        one = self._layer(layer)
+        if one.bounds is None:
+            keys = self.config.layer_codecs(layer)[0]
+            what = "key_bounds=True" if isinstance(keys, TurboQuant) else "TurboQuant keys"
+            raise UnsupportedError(f"layer {layer} ({keys} keys) keeps no bounds; it needs {what}")
+        return one.score_bounds(self._tokens(queries, reads, None, None), block_table, reads)
+
+    def norm_ratios(self, layer: int, pages: Array) -> Array:
+        """Return the mean value-by-key norm ratio of full pages, from the norm planes alone.
+
+        Parameters
+        ----------
+        layer : int
+            The layer.
+        pages : ndarray of int ``[n]``
+            Page ids.
+
+        Returns
+        -------
+        ndarray of float64 ``[n, num_kv_heads]``
+            Of centred keys; arXiv 2509.04377, section 3, with pages for blocks.
+
+        Raises
+        ------
+        UnsupportedError
+            If a stream of the layer is exact: its norms are not kept apart.
+        """
+        one = self._layer(layer)
+        if not one.norms.complete:
+            keys, values = self.config.layer_codecs(layer)
+            raise UnsupportedError(
+                f"layer {layer} ({keys} keys, {values} values) keeps no norms apart; "
+                f"both streams must be coded"
+            )
+        self.pages.check(pages)
+        return one.norms.ratios(pages)
 
     def load(self, layer: int, slots: Array) -> tuple[Array, Array]:
         """Decode page slots.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -12,8 +13,10 @@ from ..codec import PolarCodec, TurboQuantCodec, VectorCodec
 from ..config import Dtype, Exact, Polar
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
-from .dtypes import Float32, f16_towards
+from .dtypes import Float32
 from .host_attend import PageAttention, Span, span_of
+from .host_bounds import KeyBounds, PageBounds
+from .host_norms import NormPlanes
 from .host_score import Scores
 from .host_window import WindowStore
 from .page_reader import StreamReader
@@ -74,8 +77,11 @@ class HostLayer:
             *(self._reader(layout, pool, layer, stream) for stream in _STREAMS)
         )
         self.window = WindowStore(config) if config.has_overlay(layer) else None
-        has_bounds = "key_bounds" in layout.extents[layer].planes
-        self._bounds = layout.plane_view(pool, layer, "key_bounds") if has_bounds else None
+        self.norms = NormPlanes(layout, pool, layer)
+        self.bounds: KeyBounds | None = None
+        if "key_bounds" in layout.extents[layer].planes:
+            plane = layout.plane_view(pool, layer, "key_bounds")
+            self.bounds = KeyBounds(plane, self.attention.keys)
 
     def check(self, keys: Array, values: Array, dtype: Dtype | None) -> TokenBatch:
         """Check tokens; see `check_tokens`."""
@@ -97,17 +103,9 @@ class HostLayer:
         self.workers.run(encode, work, parallel=len(work) > 2)
 
     def write_bounds(self, pages: Array) -> None:
-        """Write the key bounds of full pages: per rotated channel, rounded outwards to f16."""
-        if self._bounds is None or not len(pages):
-            return
-        keys, size = self.attention.keys, self.config.page_size
-        for head in range(self.config.num_kv_heads):
-            tile = keys.tile(pages, head).reshape(len(pages), size, -1)
-            norms = keys.norms(pages, head)
-            assert norms is not None
-            tile = tile * norms.reshape(len(pages), size, 1)
-            self._bounds[pages, head, 0] = f16_towards(tile.min(axis=1), -np.inf)
-            self._bounds[pages, head, 1] = f16_towards(tile.max(axis=1), np.inf)
+        """Write the key bounds of full pages, where the configuration has them."""
+        if self.bounds is not None and len(pages):
+            self.bounds.write(pages)
 
     def attend(
         self,
@@ -167,6 +165,25 @@ class HostLayer:
             indptr,
             np.concatenate([np.zeros(0, np.int64), *flat_positions]),
         )
+
+    def score_bounds(self, tokens: QueryTokens, block_table: Array, reads: Reads) -> PageBounds:
+        """Bound the scores of one query token per sequence by whole pages of coded keys."""
+        bounds = self.bounds
+        assert bounds is not None
+        prepared = self._prepare(tokens, 1.0)
+        width = np.arange(block_table.shape[1])
+        sealed = (width < (reads.stop // self.config.page_size)[:, None]) & (block_table > 0)
+        owner, blocks = np.nonzero(sealed)
+        indptr = np.searchsorted(owner, np.arange(len(sealed) + 1))
+        heads, group = tokens.values.shape[1:3]
+        # Rounding to nearest is monotone: what bounds a score bounds it in the scores' type too.
+        values = np.empty((heads, group, len(blocks)), self.dtype)
+        for index, (begin, end) in enumerate(itertools.pairwise(indptr.tolist())):
+            pages = block_table[index, blocks[begin:end]]
+            for head in range(heads):
+                rows = prepared.rows(tokens, slice(index, index + 1), head)
+                values[head, :, begin:end] = bounds.scores(pages, head, rows)
+        return PageBounds(values.reshape(heads * group, -1), indptr, blocks)
 
     def load(self, slots: Array) -> tuple[Array, Array]:
         """Decode page slots to ``[n, num_kv_heads, head_dim]``, in the original space."""

@@ -39,7 +39,8 @@ class PageStats(NamedTuple):
     Attributes
     ----------
     maximum, mass : ndarray ``[num_q_heads, total_pages]``
-        Largest score in each page, and the sum of ``exp(score - the sequence's largest)``.
+        Largest score in each page, and the sum of ``exp(sm_scale * (score - the
+        sequence's largest))``.
     indptr : ndarray of int64 ``[batch + 1]``
         Where each sequence begins.
     blocks : ndarray of int64 ``[total_pages]``
@@ -52,7 +53,7 @@ class PageStats(NamedTuple):
     blocks: Array
 
 
-def page_stats(scores: Scores, page_size: int) -> PageStats:
+def page_stats(scores: Scores, page_size: int, sm_scale: float = 1.0) -> PageStats:
     """Reduce scores to a maximum and a mass per page.
 
     Parameters
@@ -61,6 +62,9 @@ def page_stats(scores: Scores, page_size: int) -> PageStats:
         Of any number of sequences.
     page_size : int
         Tokens per page.
+    sm_scale : float
+        Scale of the logits in the mass. With attention's own the masses of a sequence are
+        proportional to its attention weights.
     """
     batch = len(scores.indptr) - 1
     blocks = scores.positions // page_size
@@ -76,5 +80,5 @@ def page_stats(scores: Scores, page_size: int) -> PageStats:
     # Sequences without tokens have no peak; the others are numbered in order.
     members, number = np.unique(owner, return_inverse=True)
     peaks = np.maximum.reduceat(scores.values, scores.indptr[members], axis=1)
-    mass = np.add.reduceat(np.exp(scores.values - peaks[:, number]), starts, axis=1)
+    mass = np.add.reduceat(np.exp(sm_scale * (scores.values - peaks[:, number])), starts, axis=1)
     return PageStats(maximum, mass, indptr, blocks[starts])

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ..config import CacheConfig
 from ..paging.table_views import Reads
 from .dtypes import STORAGE, Float32, to_storage, widen
+from .host_bounds import PageBounds
 from .host_score import Scores
 from .tokens import TokenBatch
 
@@ -139,6 +140,26 @@ class WindowStore:
             indptr,
             np.concatenate([np.zeros(0, np.int64), *positions]),
         )
+
+    def raise_bounds(
+        self, bounds: PageBounds, queries: Array, sink_records: Array, reads: Reads
+    ) -> PageBounds:
+        """Raise the bounds of blocks 0 to the exact scores of the sinks they hold.
+
+        Parameters are those of `add_scores`; the bounds of the body are changed in place.
+        """
+        values = bounds.values
+        nothing = Scores(values[:, :0], np.zeros_like(bounds.indptr), bounds.blocks[:0])
+        no_ring = np.full(len(reads.kv_lens), -1, np.int32)
+        sinks = self.add_scores(
+            nothing, queries, no_ring, sink_records, reads._replace(stop=reads.kv_lens)
+        )
+        for index, begin in enumerate(bounds.indptr[:-1].tolist()):
+            exact, _ = sinks.of(index)
+            first = begin < bounds.indptr[index + 1] and bounds.blocks[begin] == 0
+            if first and exact.shape[1]:
+                values[:, begin] = np.maximum(values[:, begin], exact.max(axis=1))
+        return bounds
 
     def take_rows(self, ring: bool, owner: int, rows: Array) -> Array:
         """Return rows of a slot's ring or of a sink record as they lie.

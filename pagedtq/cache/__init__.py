@@ -2,6 +2,15 @@
 
 from .kv_cache import PagedKVCache
 from .moving import move_sequences
+from .page_rankings import AttentionMass, NormRatio, QueryBounds
 from .reports import CacheStats, MemoryReport
 
-__all__ = ["CacheStats", "MemoryReport", "PagedKVCache", "move_sequences"]
+__all__ = [
+    "AttentionMass",
+    "CacheStats",
+    "MemoryReport",
+    "NormRatio",
+    "PagedKVCache",
+    "QueryBounds",
+    "move_sequences",
+]

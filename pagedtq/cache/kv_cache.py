@@ -12,7 +12,9 @@ from ..backends.dtypes import check_shape
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, ArgumentTypeError, StepError
 from ..paging.arguments import token_counts
-from ..paging.eviction import EvictionPolicy, apply
+from ..paging.evict_lowest import EvictLowest, plan_free
+from ..paging.eviction import EvictionPlan, EvictionPolicy, apply, apply_all
+from ..paging.page_scores import PageRanking
 from ..paging.page_tables import PageTables
 from ..paging.shared_prefixes import BlockChain, SharingOptions
 from ..paging.step_plan import StepPlan
@@ -162,12 +164,69 @@ class PagedKVCache(CacheSwaps):
         seq_id : int
             The sequence.
         what : EvictionPolicy or sequence of int
-            A policy such as `KeepFirstLast`, or the block indices themselves.
+            A policy such as `KeepFirstLast` or `EvictLowest`, or the block indices themselves.
         """
         if isinstance(what, EvictionPolicy):
             self._freed(apply(self.tables, what.plan(self.tables, seq_id)))
         else:
             self._freed(self.tables.evict(seq_id, what))
+
+    def evict_many(self, seq_ids: SeqIds, policy: EvictLowest) -> list[EvictionPlan]:
+        """Bring sequences back to their budgets, all at once or not at all.
+
+        Parameters
+        ----------
+        seq_ids : int or sequence of int
+            The sequences; each has the whole budget.
+        policy : EvictLowest
+            Ranking and budget.
+
+        Returns
+        -------
+        list of EvictionPlan
+            What went, one per sequence that lost blocks.
+        """
+        self._refuse_open_step("evict_many")
+        plans = policy.plan_many(self.tables, self._ids(seq_ids))
+        self._freed(apply_all(self.tables, plans))
+        return plans
+
+    def free_pages(
+        self,
+        num_pages: int,
+        ranking: PageRanking,
+        seq_ids: SeqIds | None = None,
+        first_tokens: int = 0,
+        last_tokens: int = 0,
+    ) -> list[EvictionPlan]:
+        """Free pages by evicting the blocks with the lowest scores over several sequences.
+
+        Parameters
+        ----------
+        num_pages : int
+            Pages to free.
+        ranking : PageRanking
+            Says what blocks are worth.
+        seq_ids : int or sequence of int, optional
+            Sequences to take from, all by default.
+        first_tokens, last_tokens : int
+            Blocks that hold one of so many first or last tokens of a sequence stay.
+
+        Returns
+        -------
+        list of EvictionPlan
+            What went, one per sequence that lost blocks.
+
+        Raises
+        ------
+        OutOfEvictablePages
+            If fewer pages can be freed; nothing was evicted. See `plan_free` for what can.
+        """
+        self._refuse_open_step("free_pages")
+        ids = None if seq_ids is None else self._ids(seq_ids)
+        plans = plan_free(self.tables, num_pages, ranking, ids, first_tokens, last_tokens)
+        self._freed(apply_all(self.tables, plans))
+        return plans
 
     # -- writing -----------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backends import Backend
+from ..backends.host_bounds import PageBounds
 from ..backends.host_score import PageStats, Scores, page_stats
 from ..backends.states import add_sink, merge_states
 from ..config import CacheConfig
@@ -152,9 +153,50 @@ class CacheReads:
             scores, queries, self.tables.window_slots(ids), self.tables.sink_records(ids), reads
         )
 
-    def page_stats(self, scores: Scores) -> PageStats:
-        """Reduce `score`'s result to a maximum and a softmax mass per page."""
-        return page_stats(scores, self.config.page_size)
+    def page_stats(self, scores: Scores, sm_scale: float = 1.0) -> PageStats:
+        """Reduce `score`'s result to a maximum and a softmax mass per page.
+
+        Parameters
+        ----------
+        scores : Scores
+            What `score` returned.
+        sm_scale : float
+            Scale of the logits in the mass.
+        """
+        return page_stats(scores, self.config.page_size, sm_scale)
+
+    def score_bounds(self, layer: int, queries: Array, seq_ids: SeqIds) -> PageBounds:
+        """Bound `score`'s result by page, from the key bounds alone: no code is read.
+
+        Parameters
+        ----------
+        layer : int
+            A layer with key bounds (``key_bounds=True`` and TurboQuant keys).
+        queries : ndarray ``[batch, num_q_heads, head_dim]``
+            One query token per sequence.
+        seq_ids : int or sequence of int
+            The batch.
+
+        Returns
+        -------
+        PageBounds
+            Of the blocks that lie wholly below the exact window's ring; no entry is below a score
+            of its page, the exact ones of sinks included.
+
+        Raises
+        ------
+        UnsupportedError
+            If the layer keeps no bounds.
+        """
+        ids = self._readable(layer, seq_ids)
+        overlay = self.config.has_overlay(layer)
+        reads = self.tables.reads(ids, overlay)
+        bounds = self.backend.score_bounds(layer, queries, self.tables.block_table(ids), reads)
+        if not overlay:
+            return bounds
+        return self.backend.window(layer).raise_bounds(
+            bounds, queries, self.tables.sink_records(ids), reads
+        )
 
     def load(
         self,

@@ -2,12 +2,16 @@
 
 from .adoption import AdoptionPlan, ExtractedSequences
 from .block_keys import BlockHasher
-from .eviction import EvictionPlan, KeepFirstLast
+from .candidates import BlockList, evictable_blocks, sealed_blocks
+from .evict_lowest import EvictLowest, plan_free
+from .eviction import EvictionPlan, EvictionPolicy, KeepFirstLast
 from .fences import Event, Fences
 from .layout import PageLayout
 from .page_pool import PagePool
+from .page_scores import OldestFirst, PageRanking, PageScores, RandomOrder
 from .page_tables import PageTables
 from .prefix_index import PrefixIndex, PrefixObserver
+from .retention import ByPriority, Retention
 from .sequence_image import SequenceImage, check_image
 from .shared_prefixes import SharingOptions
 from .step_plan import SequenceState, StepPlan
@@ -18,18 +22,27 @@ from .window_pool import WindowPool
 __all__ = [
     "AdoptionPlan",
     "BlockHasher",
+    "BlockList",
+    "ByPriority",
     "Event",
+    "EvictLowest",
     "EvictionPlan",
+    "EvictionPolicy",
     "ExtractedSequences",
     "Fences",
     "KeepFirstLast",
+    "OldestFirst",
     "PageIndices",
     "PageLayout",
     "PagePool",
+    "PageRanking",
+    "PageScores",
     "PageTables",
     "PrefixIndex",
     "PrefixObserver",
+    "RandomOrder",
     "Reads",
+    "Retention",
     "SequenceImage",
     "SequenceState",
     "SharingOptions",
@@ -37,4 +50,7 @@ __all__ = [
     "SwapPlan",
     "WindowPool",
     "check_image",
+    "evictable_blocks",
+    "plan_free",
+    "sealed_blocks",
 ]

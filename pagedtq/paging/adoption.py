@@ -168,6 +168,9 @@ class Adoption(Steps):
         ids, rows = self._new_rows(len(image.states))
         self.version += 1
         pages = np.concatenate((np.zeros(1, np.int32), self._take_pages(image.num_pages)))
+        if self.prefix is not None:
+            # What they append has no tokens, so it is never shared.
+            self._known[rows] = -1
         self.pool.retain(pages[_repeats(image.blocks)])
         slots = self.windows.acquire(image.num_rings)
         self.windows.retain(slots[_repeats(image.rings + 1) - 1])

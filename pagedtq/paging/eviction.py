@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..errors import ArgumentError
 from .arguments import Int32, Int64, integer
 
 if TYPE_CHECKING:
@@ -95,3 +97,27 @@ def apply(tables: PageTables, plan: EvictionPlan) -> Int32:
         As `PageTables.evict`, if the sequence changed so that the plan no longer fits.
     """
     return tables.evict(plan.seq_id, plan.blocks, boundary=(plan.keep, plan.start))
+
+
+def apply_all(tables: PageTables, plans: Iterable[EvictionPlan]) -> Int32:
+    """Apply plans of several sequences, all of them or none.
+
+    Returns
+    -------
+    int32[n]
+        Pages that became free, plan by plan.
+
+    Raises
+    ------
+    ArgumentError
+        If two plans are for one sequence.
+    PagedTQError
+        As `apply`, if one of the plans no longer fits.
+    """
+    plans = list(plans)
+    if len({plan.seq_id for plan in plans}) != len(plans):
+        raise ArgumentError("two plans are for the same sequence")
+    for plan in plans:
+        tables.check_evict(plan.seq_id, plan.blocks, (plan.keep, plan.start))
+    freed = [apply(tables, plan) for plan in plans]
+    return np.concatenate([np.empty(0, np.int32), *freed])

@@ -83,6 +83,8 @@ def _check_pages(tables: SharedPrefixes, rows: Int64) -> None:
     entries = [table[table > 0], *(plan._entry_pages for plan in _on_the_way(tables, "in"))]
     held = np.bincount(np.concatenate(entries), minlength=tables.pool.num_pages)
     held[0] = 0
+    if tables.retention is not None:
+        held += tables.retention.pinned
     tables.pool.check_integrity(held)
 
 
@@ -105,6 +107,8 @@ def _check_windows(tables: SharedPrefixes, rows: Int64) -> None:
             counts = -(-tables._length[plan._rows] // tables.page_size)
             allowed[plan._entry_pages[(np.cumsum(counts) - counts)[counts > 0]]] = True
         allowed[0] = False
+        if tables.retention is not None:
+            allowed |= tables.retention.pinned
     recorded = tables.windows.sink_record >= 0
     resting = np.zeros_like(allowed)
     resting[tables.windows.resting_pages] = True
@@ -163,6 +167,10 @@ def _check_prefixes(tables: SharedPrefixes, rows: Int64) -> None:
     if tables.prefix is None:
         return
     tables.prefix.check_integrity()
+    if tables.retention is not None:
+        wrong = np.flatnonzero(tables.retention.pinned & ~tables.prefix.held)
+        if wrong.size:
+            raise IntegrityError(f"page {int(wrong[0])} is pinned, but holds no block")
     size = tables.page_size
     unpaired = set(tables._chains) - set(rows.tolist())
     if unpaired:

@@ -78,6 +78,8 @@ class OneRow(Steps):
             self.commit(self.reserve(np.array([seq_id]), length - old))
             taken: list[int] = self._table[row, first:stop].tolist()
             return taken
+        if need and self.retention is not None:
+            self.retention.refresh()
         self.version += 1
         self._length[row] = length
         if open_page and self._twins.count:

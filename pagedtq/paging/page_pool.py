@@ -216,6 +216,12 @@ class CountedPool:
             copies &= ~(self._last_occurrence(ids) & (writers[inverse] == refs))
         return copies
 
+    def use_queue(self, queue: FreeQueue) -> None:
+        """Let another queue, which holds the same ids, decide what is taken next."""
+        if self.num_parked or not np.array_equal(np.sort(queue.ids()), np.sort(self._queue.ids())):
+            raise ArgumentError(f"the queue must hold the {len(self._queue)} free {self.noun}s")
+        self._queue = queue
+
     def free_ids(self) -> Int32:
         """Return the free queue from head to tail, ``int32[num_free]``."""
         return self._queue.ids()

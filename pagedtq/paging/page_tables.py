@@ -209,8 +209,7 @@ class PageTables(Adoption, Swaps, OneRow):
         row = self._resident_row(seq_id, "evict from")
         dropped = np.sort(self._evictable(seq_id, row, integers("blocks", blocks)))[::-1]
         if boundary is not None:
-            boundary = self._checked_boundary(seq_id, row, *boundary)
-            self._hide(row, *boundary)
+            self._hide(row, *self._checked_boundary(seq_id, row, *boundary))
         if dropped.size == 0:
             return np.empty(0, np.int32)
         self.version += 1
@@ -221,6 +220,13 @@ class PageTables(Adoption, Swaps, OneRow):
         if dropped[-1] == 0:
             self._sinks[row] = 0
         return freed
+
+    def check_evict(self, seq_id: int, blocks: Integers, boundary: tuple[int, int]) -> None:
+        """Refuse what `evict` would refuse; changes nothing."""
+        self._refuse_open_step("evict")
+        row = self._resident_row(seq_id, "evict from")
+        self._evictable(seq_id, row, integers("blocks", blocks))
+        self._checked_boundary(seq_id, row, *boundary)
 
     def set_start(self, seq_id: int, keep: int, start: int) -> None:
         """Let attention read only positions ``[0, keep)`` and ``[start, inf)`` of a sequence.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ from .prefix_index import PrefixIndex
 from .swap_plan import HostPool, SwappedRow, SwapPlan
 from .table_views import TableViews
 from .twins import Twins
+
+if TYPE_CHECKING:
+    from .retention import Retention
 
 Tokens = Sequence[int] | npt.NDArray[Any]
 
@@ -117,6 +120,8 @@ class SharedPrefixes(TableViews):
         #: Swaps under way, by the identity of their plans.
         self._swaps: dict[int, SwapPlan] = {}
         self._chains: dict[int, BlockChain] = {}
+        #: Priorities and pins, once there are any.
+        self.retention: Retention | None = None
         self._num_opaque = 0
 
     @property
@@ -172,6 +177,8 @@ class SharedPrefixes(TableViews):
         if self.prefix is not None:
             self.windows.release_records(self.windows.resting_pages)
             self.prefix.clear()
+            if self.retention is not None:
+                self.retention.drop(self.pool.free_ids())
         return True
 
     def forget_blocks(self, pages: Tokens) -> int:
@@ -190,6 +197,8 @@ class SharedPrefixes(TableViews):
         before = self.prefix.num_pages_held
         array = np.unique(array)
         self.prefix.forget(array)
+        if self.retention is not None:
+            self.retention.drop(array.astype(np.int32))
         self.windows.release_records(array[self.pool.ref_counts[array] == 0])
         return before - self.prefix.num_pages_held
 

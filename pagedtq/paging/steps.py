@@ -7,6 +7,7 @@ import numpy as np
 from ..errors import OutOfPages, OutOfWindowSlots, StepError
 from .arguments import Bools, Int32, Int64, Integers, ranges, token_counts
 from .published_blocks import NO_MEMBERS, PublishedBlocks
+from .sequence_rows import LEAVING
 from .shared_prefixes import Tokens
 from .step_plan import NO_COPIES, PageCopies, SequenceState, StepPlan
 
@@ -54,6 +55,8 @@ class Steps(PublishedBlocks):
             If the step as a whole does not fit.
         """
         self._refuse_open_step("reserve")
+        if self.retention is not None:
+            self.retention.refresh()
         rows = self._resident_rows(seq_ids, "append to")
         # A copy: the plan must not change with the caller's array.
         num_new = token_counts("num_new_tokens", num_new_tokens, rows.size).copy()
@@ -183,6 +186,18 @@ class Steps(PublishedBlocks):
         """
         self._end_step(plan, "abort")
         return self._cut(plan.rows, plan.old.length)
+
+    def pages_in_flight(self) -> Int32:
+        """Return pages that work under way reads or writes.
+
+        Those of the open step's members, and of sequences that are being swapped out. No eviction
+        policy takes them; a page may be listed twice.
+        """
+        rows = [NO_MEMBERS] if self._step is None else [self._step.rows]
+        if self._num_away:
+            rows.append(np.flatnonzero(self._away == LEAVING))
+        pages = self._table[np.concatenate(rows)]
+        return pages[pages > 0]
 
     def _refuse_open_step(self, operation: str) -> None:
         if self._step is not None:

@@ -49,6 +49,20 @@ class TableViews(SequenceRows):
         # An id's high bits are the serial number of its `open`.
         return np.sort(self._ids[self._ids >= 0])
 
+    def resident_ids(self) -> Int64:
+        """Return the ids of the sequences that are on the device and stay there, as above."""
+        ids = self.sequence_ids()
+        return ids[self._away[self._rows_of(ids)] == 0] if self._num_away else ids
+
+    def checked_id(self, seq_id: int) -> int:
+        """Return the id of an open sequence; refuse any other."""
+        self._row_of(seq_id)
+        return int(seq_id)
+
+    def check_distinct(self, seq_ids: Integers) -> None:
+        """Refuse ids of sequences that are not open, and repeated ones."""
+        self._distinct_rows(seq_ids)
+
     def lengths(self, seq_ids: Integers) -> Int64:
         """Return the number of tokens of each sequence, ``int64[B]``."""
         return self._length.take(self._rows_of(seq_ids))

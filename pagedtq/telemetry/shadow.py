@@ -13,7 +13,9 @@ from ..backends.host_score import Scores
 from ..cache import MemoryReport, PagedKVCache
 from ..config import CacheConfig, Dtype, Exact
 from ..errors import ArgumentError, CapacityError, UnsupportedError
-from ..paging.eviction import EvictionPolicy
+from ..paging.evict_lowest import EvictLowest
+from ..paging.eviction import EvictionPlan, EvictionPolicy
+from ..paging.page_scores import PageRanking
 from ..paging.shared_prefixes import BlockChain
 from ..paging.step_plan import StepPlan
 from .quantiles import ErrorQuantiles, LogHistogram
@@ -185,6 +187,30 @@ class ShadowedCache(PagedKVCache):
     def evict(self, seq_id: int, what: EvictionPolicy | Sequence[int] | Array) -> None:
         """Drop pages of a sequence, and the same blocks of its shadow."""
         super().evict(seq_id, what)
+        self._evict_twin(seq_id)
+
+    def evict_many(self, seq_ids: SeqIds, policy: EvictLowest) -> list[EvictionPlan]:
+        """Bring sequences back to their budgets, and drop the same blocks of their shadows."""
+        plans = super().evict_many(seq_ids, policy)
+        for plan in plans:
+            self._evict_twin(plan.seq_id)
+        return plans
+
+    def free_pages(
+        self,
+        num_pages: int,
+        ranking: PageRanking,
+        seq_ids: SeqIds | None = None,
+        first_tokens: int = 0,
+        last_tokens: int = 0,
+    ) -> list[EvictionPlan]:
+        """Free pages of several sequences, and drop the same blocks of their shadows."""
+        plans = super().free_pages(num_pages, ranking, seq_ids, first_tokens, last_tokens)
+        for plan in plans:
+            self._evict_twin(plan.seq_id)
+        return plans
+
+    def _evict_twin(self, seq_id: int) -> None:
         twin = self._twins.get(seq_id)
         if twin is None:
             return

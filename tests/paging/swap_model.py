@@ -35,6 +35,9 @@ class SwappingCache(TokenCache):
     def usable(self) -> list[int]:
         return [i for i in self.model if i not in self.swapped and i not in self.moving]
 
+    def _evicting(self) -> list[int]:
+        return self.usable()
+
     def on_host(self) -> list[int]:
         return [i for i in self.swapped if i not in self.moving]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedtq.errors import ArgumentError, OutOfPages, StepError, UnknownSequence
-from pagedtq.paging import PageTables, SequenceImage
+from pagedtq.paging import PageTables, SequenceImage, SharingOptions
 
 P, W, S = 16, 32, 3
 
@@ -236,3 +236,21 @@ def test_ids_of_open_sequences_come_in_the_order_of_opening():
     one.close(second)
     fourth = one.open()
     assert one.sequence_ids().tolist() == [first, third, fourth]
+
+
+def test_a_page_that_an_adoption_takes_is_found_no_longer():
+    mine = PageTables(16, 4, sharing=SharingOptions())
+    tokens = list(range(40))
+    first = mine.open(tokens)
+    mine.commit(mine.reserve([first], 40))
+    mine.close([first])
+    source = PageTables(16, 4)
+    given = source.open_many(2)
+    source.commit(source.reserve(given, [30, 0]))
+    adopted = mine.adopt(mine.plan_adoption(source.extract(given, True).image, True))
+    assert mine.block_table(adopted)[0].tolist() == [3, 2]
+    assert mine.length_of(mine.open(tokens)) == 16
+    # Adopted sequences have no tokens, so what they append cannot be found either.
+    mine.close(adopted[:1])
+    mine.commit(mine.reserve(adopted[1:], 16, list(range(16))))
+    mine.check_integrity()

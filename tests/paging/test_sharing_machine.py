@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -15,8 +16,11 @@ from sharing_model import SALTS
 from swap_model import SharedSwapping
 from swap_rules import INDEX, SwapRules
 
+from pagedtq.errors import PinLimit
+from pagedtq.paging import Retention
 
-def machine_for(page_size, window, num_sinks, algorithm, totals):
+
+def machine_for(page_size, window, num_sinks, algorithm, totals, retained=False):
     chunks = st.sampled_from([0, 1, 1, 2, page_size, page_size + 1, 3 * page_size + 1])
 
     class Machine(SwapRules):
@@ -33,6 +37,10 @@ def machine_for(page_size, window, num_sinks, algorithm, totals):
                 algorithm=algorithm,
                 verify_tokens=page_size == 4,
             )
+            self.now = 0.0
+            self.retention = None
+            if retained:
+                self.retention = Retention(self.cache.tables, 0.2, lambda: self.now)
 
         @precondition(lambda self: len(self.cache.model) < 7)
         @rule(
@@ -87,6 +95,49 @@ def machine_for(page_size, window, num_sinks, algorithm, totals):
             self.cache.keep_first_last(self.pick(index), first, last)
 
         @precondition(SwapRules.some_open)
+        @rule(index=INDEX, budget=st.integers(0, 6), seed=st.integers(0, 3))
+        def evict_lowest(self, index, budget, seed):
+            self.cache.evict_lowest(self.pick(index), budget, seed)
+
+        @rule(count=st.integers(0, 4), seed=st.integers(0, 3))
+        def free_pages(self, count, seed):
+            self.cache.free_pages(count, seed)
+
+        @precondition(lambda self: self.retention is not None and self.some_open())
+        @rule(
+            index=INDEX,
+            priority=st.sampled_from([0, 35, 36, 100]),
+            seconds=st.sampled_from([None, 0.0, 2.0]),
+        )
+        def retain(self, index, priority, seconds):
+            self.retention.keep(self.pick(index), priority, seconds=seconds)
+
+        @precondition(lambda self: self.retention is not None)
+        @rule()
+        def pass_time(self):
+            self.now += 1.0
+
+        @precondition(lambda self: self.retention is not None)
+        @rule(index=INDEX)
+        def pin(self, index):
+            held = np.flatnonzero(self.cache.tables.prefix.held)
+            if held.size:
+                page = held[index % held.size]
+                full = self.retention.num_pinned == self.retention.max_pinned == 5
+                if full and not self.retention.pinned[page]:
+                    with pytest.raises(PinLimit):
+                        self.retention.pin_pages([page])
+                else:
+                    self.retention.pin_pages([page])
+
+        @precondition(lambda self: self.retention is not None)
+        @rule(index=INDEX)
+        def unpin(self, index):
+            pinned = np.flatnonzero(self.retention.pinned)
+            if pinned.size:
+                self.cache.poison(self.retention.unpin(pinned[index % pinned.size :][:1]))
+
+        @precondition(SwapRules.some_open)
         @rule(picks=st.lists(INDEX, min_size=1, max_size=3))
         def close(self, picks):
             self.cache.close(sorted({self.pick(i) for i in picks}))
@@ -108,6 +159,8 @@ def machine_for(page_size, window, num_sinks, algorithm, totals):
 
         def teardown(self):
             totals.append(self.cache.hits)
+            if self.retention is not None:
+                self.retention.unpin(np.flatnonzero(self.retention.pinned))
             self.cache.drain()
             assert self.cache.tables.pool.num_used == 0
             assert self.cache.tables.windows.num_used == 0
@@ -119,21 +172,21 @@ def machine_for(page_size, window, num_sinks, algorithm, totals):
 
 
 @pytest.mark.parametrize(
-    ("page_size", "window", "num_sinks", "algorithm"),
+    ("page_size", "window", "num_sinks", "algorithm", "retained"),
     [
-        (4, 0, 0, "sha256"),
-        (4, 4, 2, "blake2b"),
-        (4, 8, 4, "sha256"),
-        (16, 16, 4, "sha256"),
-        (16, 0, 0, "blake2b"),
+        (4, 0, 0, "sha256", False),
+        (4, 4, 2, "blake2b", False),
+        (4, 8, 4, "sha256", True),
+        (16, 16, 4, "sha256", False),
+        (16, 0, 0, "blake2b", True),
     ],
 )
 def test_no_operation_shares_what_was_computed_in_another_context(
-    page_size, window, num_sinks, algorithm
+    page_size, window, num_sinks, algorithm, retained
 ):
     totals = []
     run_state_machine_as_test(
-        machine_for(page_size, window, num_sinks, algorithm, totals),
+        machine_for(page_size, window, num_sinks, algorithm, totals, retained),
         settings=settings(
             max_examples=25,
             stateful_step_count=40,

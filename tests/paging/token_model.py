@@ -6,12 +6,23 @@ Python lists. Two layers are kept: one with the exact overlay, one without (all 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from token_layers import POISON, Layer
 
-from pagedtq.errors import EvictedError, OutOfPages, OutOfWindowSlots
-from pagedtq.paging import KeepFirstLast, PageTables, SharingOptions, StepPlan, eviction
+from pagedtq.errors import EvictedError, OutOfEvictablePages, OutOfPages, OutOfWindowSlots
+from pagedtq.paging import (
+    EvictLowest,
+    KeepFirstLast,
+    PageTables,
+    RandomOrder,
+    SharingOptions,
+    StepPlan,
+    eviction,
+    plan_free,
+)
 
 
 class Sequence:
@@ -155,6 +166,44 @@ class TokenCache:
         sequence.evicted |= set(plan.blocks.tolist())
         sequence.keep, sequence.start = (first, start) if unread else (0, 0)
 
+    def evict_lowest(self, seq_id: int, max_pages: int, seed: int) -> None:
+        before = self.snapshot()
+        plan = EvictLowest(RandomOrder(seed), max_pages=max_pages).plan(self.tables, seq_id)
+        assert before == self.snapshot()
+        sequence, refs = self.model[seq_id], self.tables.pool.ref_counts
+        pages = self.tables.block_table([seq_id])[0]
+        own = [block for block in self.evictable(seq_id) if refs[pages[block]] == 1]
+        excess = max(np.count_nonzero(pages) - max_pages, 0)
+        assert set(plan.blocks.tolist()) <= set(own)
+        assert plan.blocks.size == min(excess, len(own))
+        freed = eviction.apply(self.tables, plan)
+        assert freed.size == plan.blocks.size
+        self.poison(freed)
+        sequence.evicted |= set(plan.blocks.tolist())
+
+    def free_pages(self, num_pages: int, seed: int) -> None:
+        """Free pages over all sequences; refused, with nothing changed, if too few can go."""
+        tables, refs = self.tables, self.tables.pool.ref_counts
+        owners: Counter[int] = Counter()
+        for seq_id in self._evicting():
+            pages = tables.block_table([seq_id])[0]
+            owners.update(int(pages[block]) for block in self.evictable(seq_id))
+        possible = sum(refs[page] == count for page, count in owners.items())
+        before = self.snapshot()
+        if num_pages > possible:
+            with pytest.raises(OutOfEvictablePages) as caught:
+                plan_free(tables, num_pages, RandomOrder(seed))
+            assert (caught.value.need, caught.value.free) == (num_pages, possible)
+            assert before == self.snapshot()
+            return
+        plans = plan_free(tables, num_pages, RandomOrder(seed))
+        assert before == self.snapshot()
+        freed = eviction.apply_all(tables, plans)
+        assert freed.size == num_pages
+        self.poison(freed)
+        for plan in plans:
+            self.model[plan.seq_id].evicted |= set(plan.blocks.tolist())
+
     def close(self, seq_ids: list[int]) -> None:
         self.poison(self.tables.close(seq_ids))
         for seq_id in seq_ids:
@@ -185,10 +234,16 @@ class TokenCache:
         assert self.tables.num_resident_blocks == blocks
         assert self.tables.logical_tokens == sum(len(s.tokens) for s in self.model.values())
         distinct = {int(page) for row in self.tables.block_table(here) for page in row if page}
+        if self.tables.retention is not None:
+            distinct |= set(np.flatnonzero(self.tables.retention.pinned).tolist())
         assert self.tables.pool.num_used == len(distinct | self._pages_in_flight())
 
     def _readable(self) -> list[int]:
         """Sequences whose pages are on the device."""
+        return list(self.model)
+
+    def _evicting(self) -> list[int]:
+        """Sequences that pages can be taken from."""
         return list(self.model)
 
     def _pages_in_flight(self) -> set[int]:
