@@ -149,9 +149,9 @@ static_assert(KEY_FORMAT >= 2 && KEY_FORMAT <= 4 && is_tuned(KEY_FORMAT, HEAD_DI
               "KEY_INT8 takes keys of width 2, 3 or 4 whose rows divide among the lanes");
 // Sums of 255 * 2^14 * HEAD_DIM fit in 32 bits.
 static_assert(HEAD_DIM <= 256, "KEY_INT8 takes head dims up to 256");
-// Query rows lie below 2^10 (rotate_queries.cu). Times this they are integers 128 a + b with a in
-// [-127, 127] and b in [-64, 63].
-#define BYTE_QUERY_SCALE 15.9375f
+// Query rows are at most 2^10, which rounding to halves may reach (rotate_queries.cu). Times this
+// they are integers 128 a + b with a in [-127, 127] and b in [-64, 63].
+#define BYTE_QUERY_SCALE 15.875f
 #endif
 
 // A lane's fragments of query rows: elements in the order of the key stream.

@@ -24,6 +24,9 @@ Array = npt.NDArray[Any]
 #: Numbers of the exact formats in ``kernels/streams.cuh``; coded ones are their width.
 EXACT_FORMATS = {"f16": 16, "bf16": 17, "f32": 32}
 
+#: Largest head dim whose partial outputs, of 16 query rows, fit a block's static shared memory.
+MAX_HEAD_DIM = 512
+
 _PLANES = np.dtype([("codes", "<u4"), ("signs", "<u4"), ("norms", "<u4")])
 _TABLE = np.dtype([("high", "<u4", 2), ("low", "<u4", 2)])
 
@@ -135,9 +138,14 @@ def attend_kernel(
     Raises
     ------
     UnsupportedError
-        If keys that `takes_int8` refuses are to be multiplied as bytes.
+        If keys that `takes_int8` refuses are to be multiplied as bytes; for a head dim above
+        `MAX_HEAD_DIM`.
     """
     config = layout.config
+    if config.head_dim > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"attention kernels take head dims up to {MAX_HEAD_DIM}, got {config.head_dim}"
+        )
     keys, values = (stream_format(codec) for codec in config.layer_codecs(layer))
     prod = is_prod(config.layer_codecs(layer)[0])
     column_tiles = 1 if rows <= 8 else 2

@@ -6,9 +6,9 @@ into scratch pages of an exact layout, it is one more layer to ``rotate_queries`
 host's twin is `host_chunk.attend_chunk`.
 
 Scratch pages hold f16 whatever ``kv_dtype`` is, because f16 is what matrix instructions multiply;
-rounding to ``kv_dtype`` comes first, and magnitudes beyond 65504 saturate. A sequence's chunk begins
-on a page of its own, and positions count from the chunk's first token: causality and windows compare
-differences of positions only.
+rounding to ``kv_dtype`` comes first, and magnitudes beyond 65504 saturate. A sequence's chunk
+begins on a page of its own, and positions count from the chunk's first token: causality and windows
+compare differences of positions only.
 """
 
 from __future__ import annotations

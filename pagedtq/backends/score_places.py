@@ -57,7 +57,7 @@ def block_counts(table: Array, reads: Reads, page_size: int) -> Array:
 
 
 def stats_places(table: Array, reads: Reads, page_size: int) -> StatsPlaces:
-    """Number the pages that hold a readable position; parameters as of `block_counts`."""
+    """Give numbers to pages that hold a readable position; parameters as of `block_counts`."""
     read = block_counts(table, reads, page_size) > 0
     numbers = np.full(table.shape, -1, np.int32)
     numbers[read] = np.arange(read.sum(), dtype=np.int32)

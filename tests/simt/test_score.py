@@ -22,11 +22,11 @@ from tests.simt.harness import compile_kernels
 from tests.simt.test_attend import BOUND, HEADS, fill, make_cache
 
 
-def score(cache, queries, ids, splits, seed=0, reads=None):
+def score(cache, queries, ids, splits, seed=0, reads=None, table=None):
     """Return ragged scores ``[num_q_heads, total]`` and where each sequence and block begins."""
     backend, layout = cache.backend, cache.backend.layout
     dim, host = cache.config.head_dim, cache.backend.layers[0]
-    table = cache.tables.block_table(ids)
+    table = cache.tables.block_table(ids) if table is None else table
     reads = cache.tables.reads(ids, False) if reads is None else reads
     tokens = check_queries(queries, reads, None, HEADS, dim, None)
     prepared = prepare_queries(tokens, host.codecs[0], host.mean, 1.0)
@@ -119,3 +119,17 @@ def _readable(table, reads, b, page_size):
     place = np.arange(int(reads.stop[b]))
     allowed = (place < reads.keep[b]) | (place >= reads.start[b])
     return place[(place >= reads.first[b]) & allowed & (table[place // page_size] != 0)]
+
+
+def test_entries_outside_the_read_ranges_are_never_followed():
+    rng = np.random.default_rng(3)
+    cache = make_cache("k3v3", 64, 16)
+    ids = fill(cache, [200], rng)
+    cache.tables.set_start(ids[0], 20, 120)
+    queries = rng.standard_normal((1, HEADS * 4, 64)).astype(np.float32)
+    splits = np.ones(1, np.int32)
+    want, (starts, _) = score(cache, queries, ids, splits)
+    wild = cache.tables.block_table(ids).copy()
+    wild[0, 2:7] = 2**30
+    got, (wild_starts, _) = score(cache, queries, ids, splits, table=wild)
+    assert np.array_equal(starts, wild_starts) and np.array_equal(got, want)
