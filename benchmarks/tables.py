@@ -39,6 +39,11 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
     ),
     "host_attend": ("How fast is attention on the host?", (), lambda row: True),
     "host_store": ("How fast is encoding on the host?", (), lambda row: True),
+    "transformers_cache": (
+        "What does a step of a transformers model cost on pages?",
+        (),
+        lambda row: True,
+    ),
     "paging": ("What does a step of the control plane cost?", (), lambda row: True),
     "polar": (
         "What does a polar code cost beside the others?",

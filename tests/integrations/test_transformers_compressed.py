@@ -244,3 +244,18 @@ def test_scores_through_a_centred_cache_are_true_inner_products(llama):
         mine, _ = cache.pages.score(layer, queries, cache.sequence_ids).of(0)
         true, _ = exact.pages.score(layer, queries, exact.sequence_ids).of(0)
         assert np.abs(mine - true).max() < 0.02 * np.abs(true).max()
+
+
+def test_own_tokens_are_read_as_they_came_where_pages_hold_them_rounded(llama):
+    """Pages of float16 under a float32 model: the call that brings a token reads all of it."""
+    ids = prompt(1, 20)
+    codecs = (Exact(dtype="f16"), Exact(dtype="f16"))
+
+    def run():
+        cache = paged(llama, codecs, window=0)
+        with torch.no_grad():
+            llama(ids, past_key_values=cache)
+            return llama(prompt(1, 1, seed=2), past_key_values=cache).logits
+
+    dense, pages = both_ways(llama, run)
+    assert (dense - pages).abs().max() < 2e-6

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 from tests.integrations.tiny_models import (
     FAMILIES,
@@ -205,3 +206,23 @@ def test_a_copy_of_a_prompt_cache_is_independent(llama):
         now = layer.dense()
         assert torch.equal(now[0], keys) and torch.equal(now[1], values)
     twin.pages.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("Bloom", {"n_layer": 2, "n_head": 4}),
+        ("Falcon", {"num_hidden_layers": 2, "num_attention_heads": 4}),
+        ("GPTBigCode", {"n_embd": 64, "n_layer": 2, "n_head": 4}),
+    ],
+    ids=["alibi", "one KV head, not named so", "learned positions"],
+)
+def test_models_that_name_or_compute_attention_their_own_way_run_too(name, fields):
+    shared = {"vocab_size": 97, "hidden_size": 64, "pad_token_id": 0, "eos_token_id": 2}
+    config = getattr(transformers, name + "Config")(**(shared | fields))
+    torch.manual_seed(0)
+    model = getattr(transformers, name + "ForCausalLM")(config).eval()
+    ids, mask = left_padded([14, 5])
+    options = {"attention_mask": mask, "num_beams": 2}
+    theirs = generate(model, ids, reference_cache(model), **options)
+    assert_same(generate(model, ids, paged(model, page_size=16), **options), theirs)

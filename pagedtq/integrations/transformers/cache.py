@@ -47,9 +47,9 @@ class PagedTQCache(Cache):  # type: ignore[misc]
 
     Notes
     -----
-    A forward call that fails, in a layer or by what the cache refuses, leaves the cache as it was.
-    Calls are seen by hooks on the decoder module, so a model is called (``model(...)``), never its
-    ``forward``.
+    A forward call that fails, in a layer or by what the cache refuses, leaves no token behind; as
+    after a truncation, the exact window may cover fewer tokens until it fills again. Calls are seen
+    by hooks on the decoder module, so a model is called (``model(...)``), never its ``forward``.
     """
 
     def __init__(

@@ -145,7 +145,7 @@ class PaddedBatch:
         self.length += arrival.num_tokens
 
     def abort(self) -> None:
-        """Close the call: the batch is as it was before."""
+        """Close the call without its tokens; what the exact window covers may have shrunk."""
         cache, self.arrival = self._open_cache, None
         cache.abort_step()
         if not self.length:
@@ -277,7 +277,11 @@ class PaddedBatch:
         """Whether what is stored of a call's tokens is what came."""
         if self.config.has_overlay(layer):
             return num_tokens <= self.config.window_tokens
-        return all(isinstance(codec, Exact) for codec in self.config.layer_codecs(layer))
+        kv_dtype = self.config.kv_dtype
+        return all(
+            isinstance(codec, Exact) and codec.dtype == kv_dtype
+            for codec in self.config.layer_codecs(layer)
+        )
 
     def _begin_step(self, arrival: Arrival) -> None:
         assert self.cache is not None
