@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sharing_model import SharingCache
 from token_layers import POISON, HostLayer
 from token_model import TokenCache
 
@@ -209,3 +210,11 @@ class SwappingCache(TokenCache):
         assert (host.num_used, host.rings.num_used) == (0, 0)
         for layer in self.hosts:
             assert (layer.pages == POISON).all()
+
+
+class PlainSwapping(SwappingCache, TokenCache):
+    """Sequences without tokens: only forks share."""
+
+
+class SharedSwapping(SwappingCache, SharingCache):
+    """Sequences with tokens."""

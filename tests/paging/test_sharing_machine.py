@@ -6,42 +6,35 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     invariant,
     precondition,
     rule,
     run_state_machine_as_test,
 )
-from sharing_model import SALTS, SharingCache
-
-INDEX = st.integers(0, 1 << 16)
+from sharing_model import SALTS
+from swap_model import SharedSwapping
+from swap_rules import INDEX, SwapRules
 
 
 def machine_for(page_size, window, num_sinks, algorithm, totals):
     chunks = st.sampled_from([0, 1, 1, 2, page_size, page_size + 1, 3 * page_size + 1])
 
-    class Machine(RuleBasedStateMachine):
+    class Machine(SwapRules):
         def __init__(self):
             super().__init__()
             slots = 3 if window else 0
-            self.cache = SharingCache(
+            self.cache = SharedSwapping(
                 page_size,
                 28,
                 window,
                 num_sinks,
                 slots,
+                num_host_pages=24,
                 algorithm=algorithm,
                 verify_tokens=page_size == 4,
             )
 
-        def pick(self, index):
-            ids = list(self.cache.model)
-            return ids[index % len(ids)]
-
-        def some_open(self):
-            return bool(self.cache.model)
-
-        @precondition(lambda self: len(self.cache.model) < 6)
+        @precondition(lambda self: len(self.cache.model) < 7)
         @rule(
             length=st.sampled_from([5 * page_size, 3 * page_size + 1, 2 * page_size, 1, 0]),
             strange=st.sampled_from([None, None, None, 0, page_size, 2 * page_size - 1]),
@@ -57,12 +50,12 @@ def machine_for(page_size, window, num_sinks, algorithm, totals):
                 chunk = length - len(self.cache.model[seq_id].tokens)
             self.cache.append({seq_id: chunk})
 
-        @precondition(lambda self: len(self.cache.model) < 6)
+        @precondition(lambda self: len(self.cache.model) < 7)
         @rule(chunk=chunks)
         def open_without_tokens(self, chunk):
             self.cache.append({self.cache.open_with(None): chunk})
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(
             members=st.lists(st.tuples(INDEX, chunks), min_size=1, max_size=6),
             abort=st.sampled_from([False, False, True]),
@@ -70,30 +63,30 @@ def machine_for(page_size, window, num_sinks, algorithm, totals):
         def append(self, members, abort):
             self.cache.append({self.pick(i): chunk for i, chunk in members}, abort)
 
-        @precondition(lambda self: self.cache.model and len(self.cache.model) < 7)
+        @precondition(lambda self: self.cache.usable() and len(self.cache.model) < 8)
         @rule(index=INDEX)
         def fork(self, index):
             self.cache.fork(self.pick(index))
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(index=INDEX, length=INDEX)
         def truncate(self, index, length):
             seq_id = self.pick(index)
             self.cache.truncate(seq_id, length % (len(self.cache.model[seq_id].tokens) + 1))
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(index=INDEX, picks=st.lists(INDEX, min_size=1, max_size=2))
         def evict(self, index, picks):
             seq_id = self.pick(index)
             blocks = self.cache.evictable(seq_id)
             self.cache.evict(seq_id, sorted({blocks[i % len(blocks)] for i in picks if blocks}))
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(index=INDEX, first=st.integers(0, page_size), last=st.integers(0, 3 * page_size))
         def keep_first_last(self, index, first, last):
             self.cache.keep_first_last(self.pick(index), first, last)
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(picks=st.lists(INDEX, min_size=1, max_size=3))
         def close(self, picks):
             self.cache.close(sorted({self.pick(i) for i in picks}))
@@ -115,8 +108,7 @@ def machine_for(page_size, window, num_sinks, algorithm, totals):
 
         def teardown(self):
             totals.append(self.cache.hits)
-            self.cache.close(list(self.cache.model))
-            self.cache.check()
+            self.cache.drain()
             assert self.cache.tables.pool.num_used == 0
             assert self.cache.tables.windows.num_used == 0
             assert self.cache.tables.reset_prefix_cache()

@@ -6,17 +6,8 @@ import random
 
 import pytest
 from sharing_model import SALTS, SharingCache
-from swap_model import SwappingCache
+from swap_model import PlainSwapping, SharedSwapping, SwappingCache
 from test_sharing_fuzz import some_prompt
-from token_model import TokenCache
-
-
-class PlainSwapping(SwappingCache, TokenCache):
-    """Sequences without tokens: only forks share."""
-
-
-class SharedSwapping(SwappingCache, SharingCache):
-    """Sequences with tokens."""
 
 
 def operate(cache: SwappingCache, rng: random.Random) -> None:

@@ -12,7 +12,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from token_model import TokenCache
+from swap_model import PlainSwapping
+from swap_rules import INDEX, SwapRules
 
 SHAPES = [
     (4, 0, 0),
@@ -25,7 +26,6 @@ SHAPES = [
     (64, 64, 4),
     (64, 128, 64),
 ]
-INDEX = st.integers(0, 1 << 16)
 
 
 def machine_for(page_size: int, window: int, num_sinks: int) -> type[RuleBasedStateMachine]:
@@ -33,24 +33,19 @@ def machine_for(page_size: int, window: int, num_sinks: int) -> type[RuleBasedSt
         [1, 1, 2, page_size - 1, page_size, page_size + 1, 3 * page_size + 5, 0]
     )
 
-    class Machine(RuleBasedStateMachine):
+    class Machine(SwapRules):
         def __init__(self) -> None:
             super().__init__()
-            self.cache = TokenCache(page_size, 48, window, num_sinks, 5 if window else 0)
+            self.cache = PlainSwapping(
+                page_size, 48, window, num_sinks, 5 if window else 0, num_host_pages=32
+            )
 
-        def pick(self, index: int) -> int:
-            ids = list(self.cache.model)
-            return ids[index % len(ids)]
-
-        def some_open(self) -> bool:
-            return bool(self.cache.model)
-
-        @precondition(lambda self: len(self.cache.model) < 6)
+        @precondition(lambda self: len(self.cache.model) < 7)
         @rule(chunk=chunks)
         def open(self, chunk: int) -> None:
             self.cache.append({self.cache.open(): chunk})
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(
             members=st.lists(st.tuples(INDEX, chunks), min_size=1, max_size=6),
             abort=st.sampled_from([False, False, True]),
@@ -58,31 +53,31 @@ def machine_for(page_size: int, window: int, num_sinks: int) -> type[RuleBasedSt
         def append(self, members: list[tuple[int, int]], abort: bool) -> None:
             self.cache.append({self.pick(i): chunk for i, chunk in members}, abort)
 
-        @precondition(lambda self: self.cache.model and len(self.cache.model) < 7)
+        @precondition(lambda self: self.cache.usable() and len(self.cache.model) < 8)
         @rule(index=INDEX)
         def fork(self, index: int) -> None:
             self.cache.fork(self.pick(index))
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(index=INDEX, cut=st.integers(0, window + 2 * page_size))
         def truncate_a_little(self, index: int, cut: int) -> None:
             seq_id = self.pick(index)
             self.cache.truncate(seq_id, max(0, len(self.cache.model[seq_id].tokens) - cut))
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(index=INDEX, length=INDEX)
         def truncate_anywhere(self, index: int, length: int) -> None:
             seq_id = self.pick(index)
             self.cache.truncate(seq_id, length % (len(self.cache.model[seq_id].tokens) + 1))
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(index=INDEX, picks=st.lists(INDEX, max_size=3))
         def evict(self, index: int, picks: list[int]) -> None:
             seq_id = self.pick(index)
             blocks = self.cache.evictable(seq_id)
             self.cache.evict(seq_id, sorted({blocks[i % len(blocks)] for i in picks if blocks}))
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(
             index=INDEX,
             first=st.integers(0, 2 * page_size),
@@ -91,7 +86,7 @@ def machine_for(page_size: int, window: int, num_sinks: int) -> type[RuleBasedSt
         def keep_first_last(self, index: int, first: int, last: int) -> None:
             self.cache.keep_first_last(self.pick(index), first, last)
 
-        @precondition(some_open)
+        @precondition(SwapRules.some_open)
         @rule(picks=st.lists(INDEX, max_size=2))
         def close(self, picks: list[int]) -> None:
             self.cache.close(sorted({self.pick(i) for i in picks}))
@@ -101,8 +96,7 @@ def machine_for(page_size: int, window: int, num_sinks: int) -> type[RuleBasedSt
             self.cache.check()
 
         def teardown(self) -> None:
-            self.cache.close(list(self.cache.model))
-            self.cache.check()
+            self.cache.drain()
             assert self.cache.tables.pool.num_used == 0
             assert self.cache.tables.windows.num_used == 0
             assert self.cache.tables.windows.num_records_used == 0
