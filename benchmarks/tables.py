@@ -57,7 +57,18 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
     ),
     "snapshot": ("How fast are snapshots, beside a plain copy?", (), lambda row: True),
     "wire_fuzz": ("What becomes of broken files?", (), lambda row: True),
+    "step_cost": (
+        "What does the scheduler add to it?",
+        ("sequences", "pages", "caller", "min us", "median us", "ns per sequence", "x tables"),
+        lambda row: row["sequences"] in (64, 1024, 4096) and row["axis"] == "sequences",
+    ),
     "simulate": ("How long does the whole Azure hour take to simulate?", (), lambda row: True),
+    "hit_rate": (
+        "How much of a prompt is found, by memory and format?",
+        ("format", "GiB", "pages", "found %", "first token p50 s", "first token p99 s"),
+        lambda row: True,
+    ),
+    "sharing": ("How much memory do several outputs of a request save?", (), lambda row: True),
     "utilisation": ("How full are the pages?", (), lambda row: True),
 }
 

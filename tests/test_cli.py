@@ -83,6 +83,23 @@ def test_simulate_replays_a_trace_file(cli, tmp_path):
     assert shorter.workload.requests_per_second == pytest.approx(50)
 
 
+def test_simulate_sweeps_budgets_of_a_trace_that_names_its_content(cli, tmp_path):
+    rows = [
+        {"timestamp": 100 * at, "input_length": 700, "output_length": 3, "hash_ids": [0, at + 1]}
+        for at in range(9)
+    ]
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = "simulate --trace mooncake:talks.jsonl --formats fp16,k4v4"
+    code, out, err = cli(f"{command} --sweep 1GiB,4GiB")
+    assert (code, err) == (0, "")
+    assert out.count("fp16") == out.count("k4v4") == 2
+    assert "written to simulate-report/: sweep.json, hit_rate.png" in out
+    code, out, err = cli(f"{command} --json --no-plots")
+    assert json.loads(out)["formats"][0]["tokens_found"] == 8 * 512
+    code, out, err = cli(f"{command} --json --no-plots --no-sharing")
+    assert json.loads(out)["formats"][0]["tokens_found"] == 0
+
+
 def test_simulate_executes_on_request(cli):
     code, out, _ = cli(
         "simulate --requests 10 --model tiny --formats fp16,fp8,k4v4 --budget 64MiB "
@@ -173,6 +190,9 @@ def test_selftest_passes_here_and_fails_with_code_1_when_a_figure_is_bad(cli, mo
         ("simulate --model odd.json", "multiple of num_kv_heads"),
         ("simulate --page-size 17", "invalid choice"),
         ("simulate --requests 0", "at least 1"),
+        ("simulate --sweep lots", "expected a size such as 40GiB"),
+        ("simulate --sweep 1GiB,1GiB", "each once"),
+        ("simulate --sweep 1GiB", "does not say which prompts begin alike"),
         ("simulate --requests many", "invalid positive_int value"),
         ("simulate --rate 0", "must be positive"),
         ("simulate --seed -1", "must not be negative"),

@@ -161,7 +161,7 @@ class Completion(msgspec.Struct, frozen=True, gc=False):
         Which of the request's sequences; hypotheses of a beam are numbered as they end.
     num_tokens : int
         Tokens generated.
-    token_ids : int32[num_tokens] or None
+    token_ids : int32[n] or None
         The tokens; None if the scheduler does not keep them.
     reason : {"length", "stop", "abort"}
         Why it ended.
@@ -205,8 +205,8 @@ class ScheduledStep(msgspec.Struct, frozen=True, gc=False):
         The open step of the page tables: decoding sequences first, then chunks of prompts.
     num_decoding : int
         Members that decode.
-    chunks : list of (request_id, number of tokens, whether they end the prompt)
-        The other members.
+    chunks : list of tuple
+        The other members: request, number of tokens, and whether they end the prompt.
     sample_members : int64[m]
         The member from which each new token is to be sampled; one that ends the prompt of a request
         with several completions is there several times.

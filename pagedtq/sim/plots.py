@@ -151,11 +151,10 @@ def _hit_rate(report: SweepReport, figure: Any) -> None:
     axes.axhline(100 * report.ideal_hit_rate, color="#8C8C8C", linewidth=1, linestyle=":")
     axes.annotate(
         "endless cache",
-        (1, 100 * report.ideal_hit_rate),
-        (-3, -3),
+        (0, 100 * report.ideal_hit_rate),
+        (3, -3),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
-        ha="right",
         va="top",
         color="#666666",
     )
