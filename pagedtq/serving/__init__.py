@@ -2,7 +2,9 @@
 
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog, KVEventBatch
 from .manager import BlockManager, PrefixCacheStats
+from .publisher import EventPublisher
 from .request import Blocks, Request, ServedRequest
+from .subscriber import EventSubscriber, NumberedBatch
 
 __all__ = [
     "AllBlocksCleared",
@@ -11,7 +13,10 @@ __all__ = [
     "BlockStored",
     "Blocks",
     "EventLog",
+    "EventPublisher",
+    "EventSubscriber",
     "KVEventBatch",
+    "NumberedBatch",
     "PrefixCacheStats",
     "Request",
     "ServedRequest",
