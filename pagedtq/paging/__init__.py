@@ -10,6 +10,7 @@ from .prefix_index import PrefixIndex, PrefixObserver
 from .sequence_image import SequenceImage, check_image
 from .shared_prefixes import SharingOptions
 from .step_plan import SequenceState, StepPlan
+from .table_export import TableExport, TableUpdate
 from .table_views import PageIndices, Reads
 from .window_pool import WindowPool
 
@@ -30,6 +31,8 @@ __all__ = [
     "SequenceState",
     "SharingOptions",
     "StepPlan",
+    "TableExport",
+    "TableUpdate",
     "WindowPool",
     "check_image",
 ]

@@ -29,7 +29,8 @@ class SequenceRows:
     five belong to `SharedPrefixes`.
     ``slot`` (``int32[capacity]``) is the window slot or -1; ``table`` (``int32[capacity, width]``)
     holds page ids, 0 where a block was evicted and from ``ceil(L / P)`` on. A row without a
-    sequence is all zeros, its slot -1.
+    sequence is all zeros, its slot -1. ``touched`` (``int64[capacity]``) says when a row's page
+    table was last written, counted in ``touches``; a row that is opened has a new id instead.
     """
 
     # Rows of `_fields`, rebound when it grows.
@@ -73,6 +74,8 @@ class SequenceRows:
         self._ids = np.empty(0, np.int64)
         self._slot = np.empty(0, np.int32)
         self._table = np.zeros((0, 8), np.int32)
+        self._touched = np.empty(0, np.int64)
+        self._touches = 0
         self._free_rows: list[int] = []
         self._grow_rows(16)
 
@@ -151,10 +154,11 @@ class SequenceRows:
         table[:old] = self._table
         ids = np.concatenate((self._ids, np.full(new - old, -1, np.int64)))
         slot = np.concatenate((self._slot, np.full(new - old, -1, np.int32)))
-        scratch = np.zeros(new, np.int64)
+        scratch, touched = np.zeros((2, new), np.int64)
+        touched[:old] = self._touched
         # Every array exists now: running out of memory above has changed nothing.
         self._fields, self._table, self._ids, self._slot = fields, table, ids, slot
-        self._scratch = scratch
+        self._scratch, self._touched = scratch, touched
         self._length, self._coded, self._ring_start, self._sinks = fields[:4]
         self._keep, self._start, self._evicted = fields[4:7]
         self._known, self._prompt_end, self._published = fields[7:10]
@@ -168,6 +172,11 @@ class SequenceRows:
             table = np.zeros((self._table.shape[0], max(2 * width, blocks)), np.int32)
             table[:, :width] = self._table
             self._table = table
+
+    def _touch(self, rows: int | Int64) -> None:
+        """Note that the page tables of rows were written; see `TableExport`."""
+        self._touches += 1
+        self._touched[rows] = self._touches
 
     def _cut(self, rows: Int64, lengths: Int64) -> Int32:
         """Truncate rows; return the pages that became free."""
@@ -188,6 +197,7 @@ class SequenceRows:
         blocks = np.repeat(stop - 1, counts) - ranges(counts)
         pages = self._table[into, blocks]
         self._table[into, blocks] = 0
+        self._touch(rows)
         evicted = into[pages == 0]
         if evicted.size:
             np.subtract.at(self._evicted, evicted, 1)

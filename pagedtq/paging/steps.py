@@ -88,6 +88,7 @@ class Steps(PublishedBlocks):
             at = rows[leaving], old.length[leaving] // size
             cow = PageCopies(self._table[at], pages[places])
             self._table[at] = cow.dst
+            self._touch(at[0])
             self.pool.release(cow.src)
             coded = old.coded[leaving] > at[1] * size
             copies = PageCopies(cow.src[coded], cow.dst[coded])
@@ -227,7 +228,9 @@ class Steps(PublishedBlocks):
         if pages.size > members.size:
             counts = fresh[members]
             members, at = np.repeat(members, counts), np.repeat(at, counts) + ranges(counts)
-        self._table[rows[members], at] = pages
+        into = rows[members]
+        self._table[into, at] = pages
+        self._touch(into)
         if not self.num_sinks:
             return NO_MEMBERS
         first = np.flatnonzero(at == 0)
