@@ -88,7 +88,7 @@ class OneRow(Steps):
             self._grow_width(stop)
         pages = self.pool.acquire(need)
         self._table[row, first:stop] = pages
-        self._touch(row)
+        self._touch(row, first)
         if self.prefix is not None:
             self.prefix.forget(pages)
         new: list[int] = pages.tolist()

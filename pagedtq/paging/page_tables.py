@@ -201,7 +201,7 @@ class PageTables(Adoption, OneRow):
         self._taint_rows(np.array([row]))
         freed = self._release_pages(self._table[row, dropped])
         self._table[row, dropped] = 0
-        self._touch(row)
+        self._touch(row, int(dropped[-1]))
         self._evicted[row] += dropped.size
         if dropped[-1] == 0:
             self._sinks[row] = 0

@@ -29,8 +29,9 @@ class SequenceRows:
     five belong to `SharedPrefixes`.
     ``slot`` (``int32[capacity]``) is the window slot or -1; ``table`` (``int32[capacity, width]``)
     holds page ids, 0 where a block was evicted and from ``ceil(L / P)`` on. A row without a
-    sequence is all zeros, its slot -1. ``touched`` (``int64[capacity]``) says when a row's page
-    table was last written, counted in ``touches``; a row that is opened has a new id instead.
+    sequence is all zeros, its slot -1. ``touched`` (``int64[3, capacity]``) says when a row's page
+    table was written last, counted in ``touches``, when before that, and from which block on the
+    last time; a row that is opened has a new id instead.
     """
 
     # Rows of `_fields`, rebound when it grows.
@@ -74,7 +75,7 @@ class SequenceRows:
         self._ids = np.empty(0, np.int64)
         self._slot = np.empty(0, np.int32)
         self._table = np.zeros((0, 8), np.int32)
-        self._touched = np.empty(0, np.int64)
+        self._touched = np.empty((3, 0), np.int64)
         self._touches = 0
         self._free_rows: list[int] = []
         self._grow_rows(16)
@@ -154,8 +155,8 @@ class SequenceRows:
         table[:old] = self._table
         ids = np.concatenate((self._ids, np.full(new - old, -1, np.int64)))
         slot = np.concatenate((self._slot, np.full(new - old, -1, np.int32)))
-        scratch, touched = np.zeros((2, new), np.int64)
-        touched[:old] = self._touched
+        scratch, touched = np.zeros(new, np.int64), np.zeros((3, new), np.int64)
+        touched[:, :old] = self._touched
         # Every array exists now: running out of memory above has changed nothing.
         self._fields, self._table, self._ids, self._slot = fields, table, ids, slot
         self._scratch, self._touched = scratch, touched
@@ -173,10 +174,13 @@ class SequenceRows:
             table[:, :width] = self._table
             self._table = table
 
-    def _touch(self, rows: int | Int64) -> None:
-        """Note that the page tables of rows were written; see `TableExport`."""
+    def _touch(self, rows: int | Int64, blocks: int | Int64) -> None:
+        """Note that page tables were written from some block on; see `TableExport`."""
         self._touches += 1
-        self._touched[rows] = self._touches
+        last, before, first = self._touched
+        before[rows] = last[rows]
+        last[rows] = self._touches
+        first[rows] = blocks
 
     def _cut(self, rows: Int64, lengths: Int64) -> Int32:
         """Truncate rows; return the pages that became free."""
@@ -192,12 +196,13 @@ class SequenceRows:
         """Drop the blocks behind ``lengths``: row by row, each row's last block first."""
         size = self.page_size
         stop = (self._length[rows] + (size - 1)) // size
-        counts = stop - (lengths + (size - 1)) // size
+        first = (lengths + (size - 1)) // size
+        counts = stop - first
         into = np.repeat(rows, counts)
         blocks = np.repeat(stop - 1, counts) - ranges(counts)
         pages = self._table[into, blocks]
         self._table[into, blocks] = 0
-        self._touch(rows)
+        self._touch(rows, first)
         evicted = into[pages == 0]
         if evicted.size:
             np.subtract.at(self._evicted, evicted, 1)

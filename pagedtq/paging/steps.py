@@ -88,7 +88,7 @@ class Steps(PublishedBlocks):
             at = rows[leaving], old.length[leaving] // size
             cow = PageCopies(self._table[at], pages[places])
             self._table[at] = cow.dst
-            self._touch(at[0])
+            self._touch(*at)
             self.pool.release(cow.src)
             coded = old.coded[leaving] > at[1] * size
             copies = PageCopies(cow.src[coded], cow.dst[coded])
@@ -225,12 +225,11 @@ class Steps(PublishedBlocks):
         """
         members = np.flatnonzero(fresh)
         at = blocks[members]
+        self._touch(rows[members], at)
         if pages.size > members.size:
             counts = fresh[members]
             members, at = np.repeat(members, counts), np.repeat(at, counts) + ranges(counts)
-        into = rows[members]
-        self._table[into, at] = pages
-        self._touch(into)
+        self._table[rows[members], at] = pages
         if not self.num_sinks:
             return NO_MEMBERS
         first = np.flatnonzero(at == 0)

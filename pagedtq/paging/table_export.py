@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import Bools, Int32, Int64, Integers, integer
+from .arguments import Bools, Int32, Int64, Integers, integer, ranges
 from .page_tables import PageTables
 from .table_views import PageIndices
 
-#: From this part of the batch on, rebuilding all compressed rows costs less than moving runs.
+#: From this part of all on, doing all costs less than picking what is needed.
 _MANY = 4
 
 
@@ -101,17 +101,18 @@ class TableExport:
         blocks = -(-lengths // tables.page_size)
         size = rows.size
         resized = self._fit(size, int(blocks.max(initial=0)))
-        stale = np.flatnonzero(
-            (self._ids[:size] != ids) | (tables._touched.take(rows) > self._stamps[:size])
-        )
+        last, before, first = tables._touched.take(rows, axis=1)
+        known, stamps = self._ids[:size] == ids, self._stamps[:size]
+        stale = np.flatnonzero(~known | (last > stamps))
         # What was written behind the new end becomes 0 again, as it is in the tables' row.
-        reach = int(max(blocks[stale].max(initial=0), self._blocks[stale].max(initial=0)))
-        now = tables._table[rows[stale], :reach]
-        member, block = np.nonzero(now != self.buffer[stale, :reach])
-        at, values = stale[member], now[member, block]
+        begin = np.where(known & (before <= stamps), first, 0)[stale]
+        end = np.maximum(blocks[stale], self._blocks[stale])
+        member, block = self._differing(rows[stale], stale, begin, np.maximum(begin, end))
+        at, values = stale[member], tables._table[rows[stale[member]], block]
+        held = (values > 0).astype(np.int64) - (self.buffer[at, block] > 0)
+        np.add.at(self._counts, at, held)
         self.buffer[at, block] = values
         self._ids[stale], self._blocks[stale] = ids[stale], blocks[stale]
-        self._counts[stale] = np.count_nonzero(now, axis=1)
         self._stamps[stale] = tables._touches
         self._moved[at] = True
         self._moved[self._compressed : size] = True
@@ -153,6 +154,28 @@ class TableExport:
         self._moved[:] = False
         self._compressed = size
         return self._csr
+
+    def _differing(
+        self, rows: Int64, members: Int64, begin: Int64, end: Int64
+    ) -> tuple[Int64, Int64]:
+        """Return where table rows differ from those of the buffer, in blocks ``[begin, end)``.
+
+        Returns
+        -------
+        at, blocks : int64[n]
+            Index into ``rows``, and the block.
+        """
+        table = self._tables._table
+        counts = end - begin
+        total, reach = int(counts.sum()), int(end.max(initial=0))
+        if total * _MANY > reach * rows.size:
+            at, blocks = np.nonzero(table[rows, :reach] != self.buffer[members, :reach])
+            return at, blocks
+        # Tails only, as in decoding.
+        at = np.repeat(np.arange(rows.size), counts)
+        blocks = begin[at] + ranges(counts)
+        differing = table[rows[at], blocks] != self.buffer[members[at], blocks]
+        return at[differing], blocks[differing]
 
     def _compress(self, members: Int64) -> tuple[Int32, Int32]:
         """Return the pages of some members without null entries, and their first positions."""
