@@ -163,9 +163,10 @@ class PrefixIndex:
         """Let pages hold nothing; those that hold nothing already are skipped."""
         if not self._num_held:
             return
-        holding = pages[self._held[pages]]
-        if holding.size:
-            self.forget_held(holding)
+        # Counting costs a fraction of picking, and mostly there is nothing to pick.
+        held = self._held[pages]
+        if np.count_nonzero(held):
+            self.forget_held(pages[held])
 
     def forget_held(self, pages: Int32) -> None:
         """Let pages hold nothing; each of them holds a block, each is given once."""

@@ -27,10 +27,10 @@ class PublishedBlocks(SharedPrefixes):
         self, rows: Int64, length: Int64, num_new: Int64, token_ids: Tokens | None
     ) -> StepTokens:
         """Return the token ids of a step that are known; refuse wrong ones."""
-        pending = (self._prompt_end.take(rows) > length) & (num_new > 0)
-        members, prompts = NO_MEMBERS, []
-        if pending.any():
-            members = np.flatnonzero(pending)
+        members, prompts = (self._prompt_end.take(rows) > length).nonzero()[0], []
+        if members.size:
+            members = members[num_new[members] > 0]
+        if members.size:
             prompts = [
                 self._chains[row].prompt[at : at + n]
                 for row, at, n in zip(
@@ -44,7 +44,7 @@ class PublishedBlocks(SharedPrefixes):
             counts = np.array([prompt.size for prompt in prompts], np.int64)
             return StepTokens(members, counts, np.concatenate([*prompts, NO_TOKENS]))
         tokens = token_array("token_ids", token_ids)
-        total = int(num_new.sum())
+        total = int(np.add.reduce(num_new))
         if tokens.size != total:
             raise ArgumentError(
                 f"token_ids must have one entry per new token: expected {total}, got {tokens.size}"
@@ -76,12 +76,12 @@ class PublishedBlocks(SharedPrefixes):
         assert self.prefix is not None
         size = self.page_size
         members, counts, tokens = step
-        if tokens.size == rows.size and members is None and int(counts.max(initial=0)) == 1:
-            # One token each, as in decoding. (As many tokens as members, none with two.)
-            blocks = length // size
+        if tokens.size == rows.size and members is None and np.count_nonzero(counts) == counts.size:
+            # One token each, as in decoding. (As many tokens as members, none without.)
+            blocks = length // self._size
             pages = self._table[rows, blocks]
             self.prefix.forget(pages)
-            self._page_tokens[pages, length - blocks * size] = tokens
+            self._page_tokens[pages, length - blocks * self._size] = tokens
             known = self._known.take(rows)
             self._known[rows] = known + (known == length)
             return
@@ -118,16 +118,19 @@ class PublishedBlocks(SharedPrefixes):
         if upto is not None:
             limit = np.minimum(limit, upto)
         taint = self._taint.take(rows)
-        if taint.any():
+        if np.count_nonzero(taint):
             limit = np.where(taint > 0, np.minimum(limit, taint), limit)
-        complete = limit // self.page_size
+        complete = limit // self._size
         done = self._published.take(rows)
-        due = np.flatnonzero(complete > done)
+        due = (complete > done).nonzero()[0]
         if due.size == 0:
             return
         rows, complete, done = rows[due], complete[due], done[due]
         self._published[rows] = complete
         single = self._single_blocks(rows, complete, done)
+        if np.count_nonzero(single) == single.size:
+            self._publish_next_blocks(rows, done)
+            return
         self._publish_next_blocks(rows[single], done[single])
         for row, first, stop in zip(
             rows[~single].tolist(), done[~single].tolist(), complete[~single].tolist(), strict=True
@@ -138,9 +141,12 @@ class PublishedBlocks(SharedPrefixes):
         """Tell which rows have one block due, whose key depends on nothing but its tokens."""
         single: Bools = complete == done + 1
         chains = self._chains
-        for at in np.flatnonzero(single).tolist():
-            chain, block = chains[int(rows[at])], int(done[at])
-            single[at] = len(chain.keys) == block and block not in chain.extras
+        # Looked at one by one: a list is faster to go through than an array.
+        known = [
+            one and len((chain := chains[row]).keys) == block and block not in chain.extras
+            for row, block, one in zip(rows.tolist(), done.tolist(), single.tolist(), strict=True)
+        ]
+        single = np.array(known, np.bool_)
         single &= self._table[rows, done] > 0
         return single
 

@@ -15,6 +15,9 @@ from .window_pool import WindowPool
 ROW_BITS = 24
 ROW_MASK = (1 << ROW_BITS) - 1
 
+#: A batch that no ids are.
+NO_BATCH: tuple[bytes | None, Int64] = None, np.empty(0, np.int64)
+
 # One serial per `open`, shared by all tables of the process: with the row below it an id is never
 # used again, and an id of other tables is never mistaken for one of these.
 _serials = itertools.count(1)
@@ -67,6 +70,8 @@ class SequenceRows:
         sinks = integer("num_sinks", num_sinks, 0, self.page_size)
         self.num_sinks = sinks if self.window_tokens else 0
         slots = integer("num_window_slots", num_window_slots, 1 if self.window_tokens else 0)
+        # NumPy takes three times as long to add a Python integer to a small array as one of these.
+        self._size, self._last = np.array(self.page_size), np.array(self.page_size - 1)
         self.pool = PagePool(num_pages)
         self.windows = WindowPool(slots if self.window_tokens else 0, num_pages)
         #: Grows with every change; tells a `StepPlan` whether its lazy arrays still hold.
@@ -77,6 +82,8 @@ class SequenceRows:
         self._table = np.zeros((0, 8), np.int32)
         self._touched = np.empty((3, 0), np.int64)
         self._touches = 0
+        # The last valid batch, as its ids' bytes and its rows, until a row is closed.
+        self._batch = NO_BATCH
         self._free_rows: list[int] = []
         self._grow_rows(16)
 
@@ -97,8 +104,13 @@ class SequenceRows:
         return rows
 
     def _distinct_rows(self, seq_ids: Integers) -> Int64:
-        """Return the rows of sequences; refuse unknown and repeated ids."""
-        rows = self._rows_of(seq_ids)
+        """Return the rows of sequences, read only; refuse unknown and repeated ids."""
+        ids = integers("seq_ids", seq_ids)
+        # A batch decodes for many steps: the same ids again need no second look.
+        batch = ids.tobytes()
+        if batch == self._batch[0]:
+            return self._batch[1]
+        rows = self._rows_of(ids)
         if rows.size > 1:
             order = np.arange(rows.size)
             # NumPy keeps the last of several values assigned to one place.
@@ -107,6 +119,8 @@ class SequenceRows:
             if not unique.all():
                 twice = int(self._ids[rows[~unique][0]])
                 raise ArgumentError(f"sequence {twice} appears twice in a batch of {rows.size}")
+        rows.flags.writeable = False
+        self._batch = batch, rows
         return rows
 
     def _row_of(self, seq_id: int) -> int:
@@ -139,6 +153,7 @@ class SequenceRows:
 
     def _recycle_rows(self, rows: Int64) -> None:
         """Close rows whose pages and slots are gone already."""
+        self._batch = NO_BATCH
         self._ids[rows] = -1
         self._fields[:, rows] = 0
         self._slot[rows] = -1
@@ -182,6 +197,11 @@ class SequenceRows:
         last[rows] = self._touches
         first[rows] = blocks
 
+    def _num_blocks(self, lengths: Int64) -> Int64:
+        """Return the blocks of so many tokens, open ones included."""
+        blocks: Int64 = (lengths + self._last) // self._size
+        return blocks
+
     def _cut(self, rows: Int64, lengths: Int64) -> Int32:
         """Truncate rows; return the pages that became free."""
         freed = self._drop_blocks(rows, lengths)
@@ -194,9 +214,7 @@ class SequenceRows:
 
     def _drop_blocks(self, rows: Int64, lengths: Int64) -> Int32:
         """Drop the blocks behind ``lengths``: row by row, each row's last block first."""
-        size = self.page_size
-        stop = (self._length[rows] + (size - 1)) // size
-        first = (lengths + (size - 1)) // size
+        stop, first = self._num_blocks(self._length[rows]), self._num_blocks(lengths)
         counts = stop - first
         into = np.repeat(rows, counts)
         blocks = np.repeat(stop - 1, counts) - ranges(counts)
