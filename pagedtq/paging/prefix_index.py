@@ -76,6 +76,10 @@ class PrefixIndex:
         """Return the first page that holds a block, 0 without one."""
         return self._first.get(key, 0)
 
+    def holds(self, page: int) -> bool:
+        """Return whether a page holds a block."""
+        return self._keys[page] is not None
+
     def key_of(self, page: int) -> bytes | None:
         """Return the key of the block that a page holds, None without one."""
         return self._keys[page]
@@ -236,17 +240,16 @@ class PrefixIndex:
                 raise ArgumentError(f"page {page} holds a block already")
 
     def _enter_many(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
-        new = dict(zip(keys, pages, strict=True))
-        if len(new) == len(keys) and self._first.keys().isdisjoint(new):
-            # The common case, without a step per block: nobody holds any of them.
-            self._first.update(new)
-            for key, page in new.items():
-                self._keys[page] = key
-            self._num_held += len(new)
-        else:
-            for key, page in zip(keys, pages, strict=True):
-                self._enter_one(key, page)
-        self._held[np.asarray(pages, np.int64)] = True
+        # `_enter_one` for each, with what it looks up looked up once.
+        enter, copies = self._first.setdefault, self._copies
+        by_page, held = self._keys, self._held.data
+        for key, page in zip(keys, pages, strict=True):
+            by_page[page] = key
+            held[page] = True
+            first = enter(key, page)
+            if first != page:
+                copies.setdefault(key, {first: None})[page] = None
+        self._num_held += len(keys)
 
     def _enter_one(self, key: bytes, page: int) -> None:
         """Enter a key; the caller marks the page as held."""

@@ -189,11 +189,13 @@ class PublishedBlocks(SharedPrefixes):
             by_block = tokens.reshape(pages.size, self.page_size)
         # Pages that hold their block already were published by a fork; evicted ones are gone.
         fit = (pages > 0) & ~self.prefix.held[pages]
-        if fit.all():
-            runs = [np.arange(pages.size)]
-        else:
-            fresh = np.flatnonzero(fit)
-            runs = np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1)
+        if np.count_nonzero(fit) == fit.size:
+            parent = chain.keys[first - 1] if first else None
+            flat = None if by_block is None else by_block.ravel()
+            self.prefix.enter(chain.keys[first:stop], pages.tolist(), parent, flat)
+            return
+        fresh = np.flatnonzero(fit)
+        runs = np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1)
         # One announcement per run of consecutive blocks.
         for run in runs:
             if run.size:

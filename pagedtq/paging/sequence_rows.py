@@ -151,6 +151,15 @@ class SequenceRows:
         self._ids[rows] = ids
         return ids, rows
 
+    def _new_row(self) -> tuple[int, int]:
+        """Open one row; return its id and the row."""
+        if not self._free_rows:
+            self._grow_rows(self.num_sequences + 1)
+        row = self._free_rows.pop()
+        seq_id = (next(_serials) << ROW_BITS) | row
+        self._ids[row] = seq_id
+        return seq_id, row
+
     def _recycle_rows(self, rows: Int64) -> None:
         """Close rows whose pages and slots are gone already."""
         self._batch = NO_BATCH
@@ -192,10 +201,10 @@ class SequenceRows:
     def _touch(self, rows: int | Int64, blocks: int | Int64) -> None:
         """Note that page tables were written from some block on; see `TableExport`."""
         self._touches += 1
-        last, before, first = self._touched
-        before[rows] = last[rows]
-        last[rows] = self._touches
-        first[rows] = blocks
+        touched = self._touched
+        touched[1, rows] = touched[0, rows]
+        touched[0, rows] = self._touches
+        touched[2, rows] = blocks
 
     def _num_blocks(self, lengths: Int64) -> Int64:
         """Return the blocks of so many tokens, open ones included."""

@@ -284,7 +284,7 @@ def opaque_keys(block_keys: Sequence[bytes] | bytes | str) -> list[bytes]:
     if isinstance(block_keys, bytes | str):
         raise ArgumentTypeError("block_keys must be a sequence of bytes, got one key")
     keys = list(block_keys)
-    for key in keys:
+    for key in keys if set(map(type, keys)) - {bytes} else ():
         if not isinstance(key, bytes):
             raise ArgumentTypeError(f"a block key must be bytes, got {type(key).__name__}")
     return keys

@@ -225,7 +225,9 @@ class BlockManager:
         ArgumentError
             If there is nothing to make room for, or blocks are given to a request that has some.
         """
-        new = checked_count("num_new_tokens", num_new_tokens)
+        new = num_new_tokens
+        if type(new) is not int or new < 0:
+            new = checked_count("num_new_tokens", new)
         found = lookahead = external = reserved = 0
         # A decode step has none of them.
         if (
