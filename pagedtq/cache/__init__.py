@@ -1,6 +1,6 @@
 """The cache: page tables and page bytes joined."""
 
 from .kv_cache import PagedKVCache
-from .reports import CacheStats, MemoryReport
+from .reports import CacheCounters, CacheStats, MemoryReport
 
-__all__ = ["CacheStats", "MemoryReport", "PagedKVCache"]
+__all__ = ["CacheCounters", "CacheStats", "MemoryReport", "PagedKVCache"]

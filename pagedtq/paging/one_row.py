@@ -19,7 +19,9 @@ from .steps import Steps
 class OneRow(Steps):
     """Opening on found pages, growing, and publishing of single sequences."""
 
-    def open_on(self, block_keys: Sequence[bytes], pages: Sequence[int]) -> int:
+    def open_on(
+        self, block_keys: Sequence[bytes], pages: Sequence[int], num_tokens: int | None = None
+    ) -> int:
         """Open a sequence on pages that were found, and return its id.
 
         Parameters
@@ -28,6 +30,8 @@ class OneRow(Steps):
             Keys of its first blocks.
         pages : sequence of int
             Pages that hold them, as `PrefixIndex.longest` finds them; they become its own.
+        num_tokens : int, optional
+            Tokens that were looked up, for the count of lookups.
 
         Raises
         ------
@@ -42,7 +46,7 @@ class OneRow(Steps):
             if prefix is None or not 0 < page < self.pool.num_pages or prefix.key_of(page) != key:
                 raise ArgumentError(f"page {page} does not hold block {key.hex()}")
         seq_id, row = self._new_row()
-        self._adopt(row, BlockChain(keys, opaque=True), list(pages))
+        self._adopt(row, BlockChain(keys, opaque=True), list(pages), num_tokens)
         return seq_id
 
     def lengthen(self, seq_id: int, length: int, keep_free: int = 0) -> list[int]:

@@ -45,7 +45,11 @@ class PageTables(Adoption, OneRow):
         Owners of window slots, and the sink record of each block-0 page.
     prefix : PrefixIndex or None
         Which page holds which block, with ``sharing``.
+    num_blocks_evicted : int
+        Blocks dropped by `evict`; only grows.
     """
+
+    num_blocks_evicted = 0
 
     def open(
         self,
@@ -203,6 +207,7 @@ class PageTables(Adoption, OneRow):
         self._table[row, dropped] = 0
         self._touch(row, int(dropped[-1]))
         self._evicted[row] += dropped.size
+        self.num_blocks_evicted += dropped.size
         if dropped[-1] == 0:
             self._sinks[row] = 0
         return freed

@@ -44,6 +44,8 @@ class PrefixIndex:
     ----------
     observer : PrefixObserver or None
         Told of every change.
+    num_forgotten : int
+        How often a page lost the block it held; only grows.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -54,7 +56,7 @@ class PrefixIndex:
         self._copies: dict[bytes, dict[int, None]] = {}
         self._keys: list[bytes | None] = [None] * count
         self._held = np.zeros(count, np.bool_)
-        self._num_held = 0
+        self._num_held = self.num_forgotten = 0
 
     def __len__(self) -> int:
         return len(self._first)
@@ -176,6 +178,7 @@ class PrefixIndex:
         """Let pages hold nothing; each of them holds a block, each is given once."""
         self._held[pages] = False
         self._num_held -= pages.size
+        self.num_forgotten += pages.size
         removed = None if self.observer is None else self.observer.removed
         first, copies, keys = self._first, self._copies, self._keys
         for page in pages.tolist():
@@ -191,6 +194,7 @@ class PrefixIndex:
 
     def clear(self) -> None:
         """Let no page hold anything."""
+        self.num_forgotten += self._num_held
         self._first.clear()
         self._copies.clear()
         self._keys = [None] * len(self._keys)

@@ -101,6 +101,8 @@ class SharedPrefixes(TableViews):
         self._hasher = BlockHasher(page_size, sharing.algorithm if sharing else "sha256")
         # Token ids of each page; only rows of pages whose tokens are known mean anything.
         self._page_tokens = np.zeros((num_pages if sharing else 0, page_size), np.int32)
+        #: Tokens that sequences were opened with, and those of them that were found; only grow.
+        self.prefix_queries = self.prefix_hits = 0
         self._chains: dict[int, BlockChain] = {}
         self._num_opaque = 0
 
@@ -209,11 +211,18 @@ class SharedPrefixes(TableViews):
                 pages = pages[: int(np.argmin(same))]
         return pages
 
-    def _adopt(self, row: int, chain: BlockChain | None, pages: list[int]) -> None:
+    def _adopt(
+        self, row: int, chain: BlockChain | None, pages: list[int], num_queried: int | None = None
+    ) -> None:
         """Begin an empty row with pages that hold its first blocks."""
         if chain is None:
             self._known[row] = -1
             return
+        if self.prefix is not None:
+            if num_queried is None:
+                num_queried = max(chain.prompt.size, len(chain.keys) * self.page_size)
+            self.prefix_queries += num_queried
+            self.prefix_hits += len(pages) * self.page_size
         self._chains[row] = chain
         self._prompt_end[row] = chain.prompt.size
         if chain.opaque:

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import msgspec
 import numpy as np
 
+from ..cache.reports import CacheCounters, CacheStats, cache_counters, cache_stats
 from ..errors import ArgumentError, OutOfPages
 from ..paging import PageTables, SharingOptions
 from ..paging.arguments import integer
@@ -145,6 +146,14 @@ class BlockManager:
         everyone = self.tables.pool.ref_counts[pages] == len(self._holdings)
         return [len(pages) if everyone.all() else int(np.argmin(everyone))]
 
+    def stats(self) -> CacheStats:
+        """Count pages, sequences and tokens."""
+        return cache_stats(self.tables)
+
+    def counters(self) -> CacheCounters:
+        """Count what happened so far; lookups are those of requests that were admitted."""
+        return cache_counters(self.tables)
+
     def make_prefix_cache_stats(self) -> PrefixCacheStats | None:
         """Return the lookups since the last call; None if they are not counted."""
         if self._stats is None:
@@ -261,7 +270,8 @@ class BlockManager:
                 need += self.watermark_blocks
             if need > tables.pool.num_free - reserved:
                 return None
-            seq_id = tables.open_on(request.block_hashes[: len(pages)], pages)
+            keys = request.block_hashes[: len(pages)]
+            seq_id = tables.open_on(keys, pages, request.num_tokens)
             holding = self._holdings[request.request_id] = Holding(seq_id, len(pages))
         elif whole > target:
             need = -(-whole // size) - -(-tables.length_of(holding.seq_id) // size)
