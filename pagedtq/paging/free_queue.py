@@ -40,7 +40,7 @@ class FreeQueue:
         self._place[first:] = np.arange(count)
         # Reading and writing one entry through these costs a third of NumPy's own indexing.
         self._ring_entries, self._places = self._ring.data, self._place.data
-        self._head, self._tail = 0, count
+        self._head, self._tail, self._end = 0, count, self._ring.size
         self._size = count
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class FreeQueue:
     def push(self, ids: Int32) -> None:
         """Append distinct ids at the tail, in the order given."""
         count = ids.size
-        if self._tail + count > self._ring.size:
+        if self._tail + count > self._end:
             self._compact()
         tail = self._tail
         self._ring[tail : tail + count] = ids
@@ -74,7 +74,7 @@ class FreeQueue:
         ``at`` are the ids as indices.
         """
         count = ids.size
-        if self._tail + count > self._ring.size:
+        if self._tail + count > self._end:
             self._compact()
         tail = self._tail
         places = np.arange(tail, tail + count, dtype=self._place_type)
@@ -94,7 +94,7 @@ class FreeQueue:
         Nothing is done if one is below ``first``, not among ``owners``, has not one owner, or is
         given twice.
         """
-        if self._tail + len(ids) > self._ring.size:
+        if self._tail + len(ids) > self._end:
             self._compact()
         ring, places, tail = self._ring_entries, self._places, self._tail
         try:

@@ -7,8 +7,6 @@ owner may still be wanted for what it holds: `PagePool.touch` takes it from the 
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 
 from ..errors import ArgumentError, CapacityError, IntegrityError, OutOfPages
@@ -19,6 +17,7 @@ from .free_queue import FreeQueue
 FEW = 16
 #: The dtype of every array of ids made here; NumPy keeps one object for it.
 INT32 = np.dtype(np.int32)
+ARRAY = np.ndarray
 
 
 class CountedPool:
@@ -136,13 +135,12 @@ class CountedPool:
         ArgumentError
             If an id is out of range or has fewer owners than it would lose.
         """
-        if type(ids) is np.ndarray and ids.dtype is INT32 and ids.ndim == 1:
-            given = cast("Int32", ids)
-            if 0 < ids.size <= FEW:
-                if self._queue.push_sole(ids.tolist(), self._owners, self._first):
-                    return given
-            elif self._release_unshared(given):
-                return given
+        if type(ids) is ARRAY and ids.dtype is INT32 and ids.ndim == 1:
+            few = ids.size <= FEW
+            if few and self._queue.push_sole(ids.tolist(), self._owners, self._first):
+                return ids  # type: ignore[return-value]
+            if not few and self._release_unshared(ids):  # type: ignore[arg-type]
+                return ids  # type: ignore[return-value]
         owned = self._owned(ids, "release")
         if owned.size == 0:
             return np.empty(0, np.int32)
@@ -167,7 +165,7 @@ class CountedPool:
 
     def _release_unshared(self, ids: Int32) -> bool:
         """Release ids if no id has two owners; tell whether it was done, else nothing changed."""
-        if self._shared or not ids.size:
+        if self._shared:
             return False
         # As unsigned numbers the negative ones are too large; "none" has no owner.
         at = ids.view(np.uint32).astype(np.intp)

@@ -56,6 +56,7 @@ class PrefixIndex:
         self._copies: dict[bytes, dict[int, None]] = {}
         self._keys: list[bytes | None] = [None] * count
         self._held = np.zeros(count, np.bool_)
+        self._flags = self._held.data
         self._num_held = self.num_forgotten = 0
 
     def __len__(self) -> int:
@@ -80,7 +81,7 @@ class PrefixIndex:
 
     def holds(self, page: int) -> bool:
         """Return whether a page holds a block."""
-        return self._keys[page] is not None
+        return bool(self._flags[page])
 
     def key_of(self, page: int) -> bytes | None:
         """Return the key of the block that a page holds, None without one."""
@@ -246,7 +247,7 @@ class PrefixIndex:
     def _enter_many(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
         # `_enter_one` for each, with what it looks up looked up once.
         enter, copies = self._first.setdefault, self._copies
-        by_page, held = self._keys, self._held.data
+        by_page, held = self._keys, self._flags
         for key, page in zip(keys, pages, strict=True):
             by_page[page] = key
             held[page] = True
