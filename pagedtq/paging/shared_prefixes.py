@@ -149,7 +149,8 @@ class SharedPrefixes(TableViews):
         """
         array = token_array("pages", pages)
         if array.size and not 0 < int(array.min()) <= int(array.max()) < self.pool.num_pages:
-            raise ArgumentError(f"pages must be in [1, {self.pool.num_pages - 1}]")
+            worst = int(array[(array < 1) | (array >= self.pool.num_pages)][0])
+            raise ArgumentError(f"pages must be in [1, {self.pool.num_pages - 1}], got {worst}")
         if self.prefix is None:
             return 0
         before = self.prefix.num_pages_held
