@@ -40,6 +40,33 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
     "host_attend": ("How fast is attention on the host?", (), lambda row: True),
     "host_store": ("How fast is encoding on the host?", (), lambda row: True),
     "paging": ("What does a step of the control plane cost?", (), lambda row: True),
+    "manager_vs_vllm": (
+        "How does the block manager compare with vLLM's?",
+        ("what", "vllm us", "pagedtq us", "times faster"),
+        lambda row: True,
+    ),
+    "vllm_scheduler": (
+        "Does vLLM's own scheduler run on it?",
+        (
+            "caching",
+            "policy",
+            "pages",
+            "requests served",
+            "right tokens",
+            "steps",
+            "steps equal, ids too, in turn",
+            "preemptions",
+            "tokens found",
+            "vllm tokens found",
+            "pages leaked",
+        ),
+        lambda row: True,
+    ),
+    "table_export": (
+        "What must a device be sent of the page tables each step?",
+        (),
+        lambda row: row["blocks"] == 2048,
+    ),
     "simulate": ("How long does the whole Azure hour take to simulate?", (), lambda row: True),
     "utilisation": ("How full are the pages?", (), lambda row: True),
 }

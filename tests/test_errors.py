@@ -14,6 +14,8 @@ from pagedtq.errors import (
     BackendUnavailable,
     CapacityError,
     ConfigError,
+    EventsError,
+    EventsLost,
     EvictedError,
     IntegrityError,
     KernelCompileError,
@@ -23,6 +25,7 @@ from pagedtq.errors import (
     OutOfWindowSlots,
     OverflowingError,
     PagedTQError,
+    ReplayTimeout,
     SlotError,
     StepError,
     UnknownSequence,
@@ -48,6 +51,8 @@ SAMPLES = [
     OutOfPages(12, 3, 1024),
     OutOfWindowSlots(1, 0, 64),
     WorkloadError("trace.csv", 17, "expected 3 columns, got 2"),
+    EventsLost(3, 7),
+    ReplayTimeout("tcp://127.0.0.1:5557 did not answer within 5.0 s"),
     WireChecksum("page 3", 640, "CRC32 is 0000beef, its footer says 0000dead"),
 ]
 
@@ -76,6 +81,9 @@ def test_every_error_is_caught_by_the_base_and_documented(kind):
         (ArgumentTypeError, TypeError),
         (StepError, RuntimeError),
         (IntegrityError, AssertionError),
+        (EventsError, RuntimeError),
+        (EventsLost, EventsError),
+        (ReplayTimeout, TimeoutError),
         (BackendUnavailable, ImportError),
     ],
 )
