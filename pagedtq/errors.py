@@ -121,7 +121,7 @@ class OutOfWindowSlots(CapacityError):
     remedy = "close sequences or raise num_window_slots"
 
 
-class EventsError(PagedTQError, RuntimeError):
+class EventsError(PagedTQError):
     """Events cannot be published or received: an endpoint, a message, or a closed end."""
 
 

@@ -81,7 +81,6 @@ def test_every_error_is_caught_by_the_base_and_documented(kind):
         (ArgumentTypeError, TypeError),
         (StepError, RuntimeError),
         (IntegrityError, AssertionError),
-        (EventsError, RuntimeError),
         (EventsLost, EventsError),
         (ReplayTimeout, TimeoutError),
         (BackendUnavailable, ImportError),
