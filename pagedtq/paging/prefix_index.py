@@ -159,7 +159,13 @@ class PrefixIndex:
         Pages that hold a block already (a fork published it) are skipped. Nothing is checked.
         """
         observer, by_page = self.observer, self._keys
-        for at, (key, page) in enumerate(zip(keys, pages.tolist(), strict=True)):
+        listed = pages.tolist()
+        # The common case: none is there already, nor given twice.
+        fresh = not np.count_nonzero(self._held[pages]) and len(set(listed)) == len(listed)
+        if fresh and observer is None:
+            self._enter_many(keys, listed)
+            return
+        for at, (key, page) in enumerate(zip(keys, listed, strict=True)):
             if by_page[page] is None:
                 self._enter_one(key, page)
                 if observer is not None:

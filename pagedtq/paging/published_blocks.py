@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import ArgumentError
-from .arguments import Bools, Int32, Int64, ranges
+from .arguments import Int32, Int64, ranges
 from .block_keys import token_array
-from .shared_prefixes import NO_TOKENS, SharedPrefixes, Tokens
+from .shared_prefixes import NO_TOKENS, BlockChain, SharedPrefixes, Tokens
 
 
 class StepTokens(NamedTuple):
@@ -127,41 +128,38 @@ class PublishedBlocks(SharedPrefixes):
             return
         rows, complete, done = rows[due], complete[due], done[due]
         self._published[rows] = complete
-        single = self._single_blocks(rows, complete, done)
-        if np.count_nonzero(single) == single.size:
-            self._publish_next_blocks(rows, done)
+        pages = self._table[rows, done]
+        chains = [self._chains[row] for row in rows.tolist()]
+        # One block is due, and its key depends on nothing but its tokens. Looked at one by one: a
+        # list is faster to go through than an array.
+        single = [
+            stop == first + 1
+            and page > 0
+            and len(chain.keys) == first
+            and first not in chain.extras
+            for chain, first, stop, page in zip(
+                chains, done.tolist(), complete.tolist(), pages.tolist(), strict=True
+            )
+        ]
+        if all(single):
+            self._publish_next_blocks(chains, pages)
             return
-        self._publish_next_blocks(rows[single], done[single])
-        for row, first, stop in zip(
-            rows[~single].tolist(), done[~single].tolist(), complete[~single].tolist(), strict=True
-        ):
+        chosen = np.array(single)
+        self._publish_next_blocks(list(compress(chains, single)), pages[chosen])
+        rows, done, complete = rows[~chosen], done[~chosen], complete[~chosen]
+        for row, first, stop in zip(rows.tolist(), done.tolist(), complete.tolist(), strict=True):
             self._publish_blocks(row, first, stop)
 
-    def _single_blocks(self, rows: Int64, complete: Int64, done: Int64) -> Bools:
-        """Tell which rows have one block due, whose key depends on nothing but its tokens."""
-        single: Bools = complete == done + 1
-        chains = self._chains
-        # Looked at one by one: a list is faster to go through than an array.
-        known = [
-            one and len((chain := chains[row]).keys) == block and block not in chain.extras
-            for row, block, one in zip(rows.tolist(), done.tolist(), single.tolist(), strict=True)
-        ]
-        single = np.array(known, np.bool_)
-        single &= self._table[rows, done] > 0
-        return single
-
-    def _publish_next_blocks(self, rows: Int64, blocks: Int64) -> None:
-        """Hash and publish one further block of each row, all at once."""
+    def _publish_next_blocks(self, chains: list[BlockChain], pages: Int32) -> None:
+        """Hash and publish one further block of each sequence, all at once."""
         assert self.prefix is not None
-        if rows.size == 0:
+        if not chains:
             return
-        pages = self._table[rows, blocks]
-        chains = [self._chains[row].keys for row in rows.tolist()]
-        parents = [chain[-1] if chain else None for chain in chains]
+        parents = [chain.keys[-1] if chain.keys else None for chain in chains]
         tokens = self._page_tokens[pages]
         keys = self._hasher.next_keys(parents, tokens)
         for chain, key in zip(chains, keys, strict=True):
-            chain.append(key)
+            chain.keys.append(key)
         self.prefix.publish_each(keys, pages, parents, tokens)
 
     def _publish_blocks(self, row: int, first: int, stop: int, tokens: Int32 | None = None) -> None:
