@@ -62,6 +62,33 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
         ("sequences", "pages", "caller", "min us", "median us", "ns per sequence", "x tables"),
         lambda row: row["sequences"] in (64, 1024, 4096) and row["axis"] == "sequences",
     ),
+    "manager_vs_vllm": (
+        "How does the block manager compare with vLLM's?",
+        ("what", "vllm us", "pagedtq us", "times faster"),
+        lambda row: True,
+    ),
+    "vllm_scheduler": (
+        "Does vLLM's own scheduler run on it?",
+        (
+            "caching",
+            "policy",
+            "pages",
+            "requests served",
+            "right tokens",
+            "steps",
+            "steps equal, ids too, in turn",
+            "preemptions",
+            "tokens found",
+            "vllm tokens found",
+            "pages leaked",
+        ),
+        lambda row: True,
+    ),
+    "table_export": (
+        "What must a device be sent of the page tables each step?",
+        (),
+        lambda row: row["blocks"] == 2048,
+    ),
     "simulate": ("How long does the whole Azure hour take to simulate?", (), lambda row: True),
     "hit_rate": (
         "How much of a prompt is found, by memory and format?",

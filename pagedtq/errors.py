@@ -191,6 +191,34 @@ class OutOfHostPages(CapacityError):
     remedy = "swap in or close swapped sequences, preempt by recompute, or raise num_host_pages"
 
 
+class EventsError(PagedTQError):
+    """Events cannot be published or received: an endpoint, a message, or a closed end."""
+
+
+class EventsLost(EventsError):
+    """Batches of events are missing for good; what was built from events must be built anew.
+
+    Attributes
+    ----------
+    expected, received : int
+        Sequence numbers: of the next batch, and of the one that came instead. A lower one means
+        that the publisher began anew.
+    """
+
+    def __init__(self, expected: int, received: int) -> None:
+        if received > expected:
+            problem = f"batches {expected} to {received - 1} are lost and kept no longer"
+        else:
+            problem = f"the publisher began anew: expected batch {expected}, got {received}"
+        super().__init__(f"{problem}; build anew what was built from events")
+        self.expected = expected
+        self.received = received
+
+
+class ReplayTimeout(EventsError, TimeoutError):
+    """A request for past batches of events found no answer in time."""
+
+
 class WorkloadError(ArgumentError):
     """A trace file holds a malformed row.
 

@@ -14,6 +14,8 @@ from pagedtq.errors import (
     BackendUnavailable,
     CapacityError,
     ConfigError,
+    EventsError,
+    EventsLost,
     EvictedError,
     IntegrityError,
     KernelCompileError,
@@ -23,6 +25,7 @@ from pagedtq.errors import (
     OutOfWindowSlots,
     OverflowingError,
     PagedTQError,
+    ReplayTimeout,
     RequestError,
     RequestTooLarge,
     SlotError,
@@ -53,6 +56,8 @@ SAMPLES = [
     RequestTooLarge("chat-7", 12, 10, "pages", "raise num_pages"),
     UnknownRequest("chat-7", "is not here"),
     WorkloadError("trace.csv", 17, "expected 3 columns, got 2"),
+    EventsLost(3, 7),
+    ReplayTimeout("tcp://127.0.0.1:5557 did not answer within 5.0 s"),
     WireChecksum("page 3", 640, "CRC32 is 0000beef, its footer says 0000dead"),
 ]
 
@@ -83,6 +88,8 @@ def test_every_error_is_caught_by_the_base_and_documented(kind):
         (ArgumentTypeError, TypeError),
         (StepError, RuntimeError),
         (IntegrityError, AssertionError),
+        (EventsLost, EventsError),
+        (ReplayTimeout, TimeoutError),
         (BackendUnavailable, ImportError),
     ],
 )

@@ -46,6 +46,8 @@ def test_imports_of_the_package_point_one_way(copy):
         ("cache", "pagedtq.sim"),
         ("cache", "pagedtq.serving"),
         ("serving", "pagedtq.sim"),
+        ("serving", "pagedtq.integrations.vllm"),
+        ("integrations", "pagedtq.sim"),
         ("sim", "pagedtq.cli"),
         ("wire", "pagedtq.telemetry"),
     ],

@@ -14,7 +14,10 @@ import pagedtq
 from pagedtq.backends import kernel_source
 from pagedtq.errors import BackendUnavailable
 
-HEAVY = ("cupy", "torch", "matplotlib", "scipy", "tqdm", "pandas", "transformers", "rich")
+HEAVY = (
+    *("cupy", "torch", "matplotlib", "scipy", "tqdm", "pandas", "transformers", "rich"),
+    *("zmq", "prometheus_client", "vllm"),
+)
 
 
 @pytest.fixture(scope="session")

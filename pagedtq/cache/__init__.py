@@ -3,10 +3,11 @@
 from .kv_cache import PagedKVCache
 from .moving import move_sequences
 from .page_rankings import AttentionMass, NormRatio, QueryBounds
-from .reports import CacheStats, MemoryReport
+from .reports import CacheCounters, CacheStats, MemoryReport
 
 __all__ = [
     "AttentionMass",
+    "CacheCounters",
     "CacheStats",
     "MemoryReport",
     "NormRatio",

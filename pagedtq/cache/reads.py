@@ -18,7 +18,14 @@ from ..paging.arguments import Int64, integer, integers
 from ..paging.page_tables import PageTables
 from ..paging.step_plan import SequenceState, StepPlan
 from .host_tier import HostTier
-from .reports import CacheStats, MemoryReport, cache_stats, memory_report
+from .reports import (
+    CacheCounters,
+    CacheStats,
+    MemoryReport,
+    cache_counters,
+    cache_stats,
+    memory_report,
+)
 
 Array = npt.NDArray[Any]
 SeqIds = int | Sequence[int] | Array
@@ -267,6 +274,10 @@ class CacheReads:
     def stats(self) -> CacheStats:
         """Count pages, window slots, sequences and tokens."""
         return cache_stats(self.tables)
+
+    def counters(self) -> CacheCounters:
+        """Count what happened so far: lookups, blocks published, forgotten and evicted."""
+        return cache_counters(self.tables)
 
     def memory_report(self) -> MemoryReport:
         """Account for every byte held, beside what fp16 and fp32 would take."""

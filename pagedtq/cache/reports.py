@@ -46,6 +46,27 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     host_pages_used: int = 0
 
 
+class CacheCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """What happened since the tables were made; all of it only ever grows.
+
+    Attributes
+    ----------
+    prefix_queries, prefix_hits : int
+        Tokens that sequences were opened with, and those of them that pages held already.
+    blocks_published, blocks_forgotten : int
+        Pages that began to hold a block others can find, and that lost it (taken again, written on,
+        or told to).
+    blocks_evicted : int
+        Blocks dropped from live sequences.
+    """
+
+    prefix_queries: int
+    prefix_hits: int
+    blocks_published: int
+    blocks_forgotten: int
+    blocks_evicted: int
+
+
 class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes held, and what the same tokens would take uncompressed.
 
@@ -150,6 +171,19 @@ def cache_stats(tables: PageTables) -> CacheStats:
         num_swapped=tables.num_swapped,
         host_pages=tables.host.num_pages,
         host_pages_used=tables.host.num_used,
+    )
+
+
+def cache_counters(tables: PageTables) -> CacheCounters:
+    """Count what happened to the tables."""
+    prefix = tables.prefix
+    forgotten = 0 if prefix is None else prefix.num_forgotten
+    return CacheCounters(
+        prefix_queries=tables.prefix_queries,
+        prefix_hits=tables.prefix_hits,
+        blocks_published=forgotten + (0 if prefix is None else prefix.num_pages_held),
+        blocks_forgotten=forgotten,
+        blocks_evicted=tables.num_blocks_evicted,
     )
 
 

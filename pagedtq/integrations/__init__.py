@@ -1,1 +1,1 @@
-"""Adapters for model libraries; each is an extra of its own and imported by name."""
+"""Adapters to engines and model libraries; each module names what it was tested with."""

@@ -16,6 +16,7 @@ from .sequence_image import SequenceImage, check_image
 from .shared_prefixes import SharingOptions
 from .step_plan import SequenceState, StepPlan
 from .swap_plan import SwapPlan
+from .table_export import TableExport, TableUpdate
 from .table_views import PageIndices, Reads
 from .window_pool import WindowPool
 
@@ -48,6 +49,8 @@ __all__ = [
     "SharingOptions",
     "StepPlan",
     "SwapPlan",
+    "TableExport",
+    "TableUpdate",
     "WindowPool",
     "check_image",
     "evictable_blocks",

@@ -90,8 +90,8 @@ def token_counts(name: str, values: int | Integers, num_members: int) -> Int64:
         )
     # As unsigned numbers the negative ones are the largest: one pass checks both bounds.
     if num_members and int(counts.view(np.uint64).max()) > MAX_TOKENS:
-        worst = int(counts[(counts < 0) | (counts > MAX_TOKENS)][0])
-        raise ArgumentError(f"{name} must be in [0, {MAX_TOKENS}], got {worst}")
+        at = int(np.flatnonzero((counts < 0) | (counts > MAX_TOKENS))[0])
+        raise ArgumentError(f"{name}[{at}] must be in [0, {MAX_TOKENS}], got {int(counts[at])}")
     return counts
 
 

@@ -15,6 +15,7 @@ so it costs nothing while there is none, and parked ids can be removed like any 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import IntegrityError
 from .arguments import Bools, Int32
@@ -39,11 +40,13 @@ class FreeQueue:
         self._ring = np.full(2 * count + _FIRST_LOOK, -1, np.int32)
         self._ring[:count] = np.arange(first, first + count, dtype=np.int32)
         # Where each id lies in the ring; of absent ids, where it was last.
-        self._place = np.zeros(first + count, np.int64)
+        # Narrow where possible: freeing random ids is bound by this array's cache misses.
+        self._place_type = np.int32 if self._ring.size < 1 << 31 else np.int64
+        self._place = np.zeros(first + count, self._place_type)
         self._place[first:] = np.arange(count)
         # Reading and writing one entry through these costs a third of NumPy's own indexing.
         self._ring_entries, self._places = self._ring.data, self._place.data
-        self._head, self._tail = 0, count
+        self._head, self._tail, self._end = 0, count, self._ring.size
         # Ids that wait, parked ones included.
         self._size = count
         self._parked = 0
@@ -82,7 +85,7 @@ class FreeQueue:
     def push(self, ids: Int32) -> None:
         """Append distinct ids at the tail, in the order given."""
         count = ids.size
-        if self._tail + count > self._ring.size:
+        if self._tail + count > self._end:
             self._compact()
         tail = self._tail
         self._ring[tail : tail + count] = ids
@@ -92,17 +95,20 @@ class FreeQueue:
         if self._marks:
             self._parked += count
 
-    def push_if_distinct(self, ids: Int32) -> bool:
-        """Append ids at the tail unless one is given twice; return whether it was done."""
+    def push_if_distinct(self, ids: Int32, at: npt.NDArray[np.intp]) -> bool:
+        """Append ids at the tail unless one is given twice; return whether it was done.
+
+        ``at`` are the ids as indices.
+        """
         count = ids.size
-        if self._tail + count > self._ring.size:
+        if self._tail + count > self._end:
             self._compact()
         tail = self._tail
-        places = np.arange(tail, tail + count)
+        places = np.arange(tail, tail + count, dtype=self._place_type)
         # NumPy keeps the last of several values assigned to one place. The places of absent ids
         # mean nothing, so that nothing has changed if this finds one given twice.
-        self._place[ids] = places
-        if not (self._place.take(ids) == places).all():
+        self._place[at] = places
+        if np.count_nonzero(self._place.take(at) == places) != count:
             return False
         self._ring[tail : tail + count] = ids
         self._tail = tail + count
@@ -111,19 +117,34 @@ class FreeQueue:
             self._parked += count
         return True
 
-    def push_few(self, ids: list[int]) -> None:
-        """Do what `push` does, faster for a few ids."""
-        if self._tail + len(ids) > self._ring.size:
+    def push_sole(self, ids: list[int], owners: memoryview, first: int) -> bool:
+        """Append a few ids that lose their only owner; tell whether it was done.
+
+        Nothing is done if one is below ``first``, not among ``owners``, has not one owner, or is
+        given twice.
+        """
+        if self._tail + len(ids) > self._end:
             self._compact()
         ring, places, tail = self._ring_entries, self._places, self._tail
-        for entry in ids:
-            ring[tail] = entry
-            places[entry] = tail
-            tail += 1
-        self._tail = tail
+        try:
+            for entry in ids:
+                # One that is given twice has no owner left the second time.
+                if entry < first or owners[entry] != 1:
+                    raise IndexError
+                owners[entry] = 0
+                # Places of ids that are absent and entries behind the tail mean nothing.
+                ring[tail] = entry
+                places[entry] = tail
+                tail += 1
+        except IndexError:
+            for entry in ids[: tail - self._tail]:
+                owners[entry] = 1
+            return False
         self._size += len(ids)
+        self._tail = tail
         if self._marks:
             self._parked += len(ids)
+        return True
 
     def remove(self, ids: Int32) -> None:
         """Take distinct ids from wherever they are, parked or not."""
@@ -135,7 +156,7 @@ class FreeQueue:
         """Tell which of some ids that wait are parked, ``bool[n]``."""
         if not self._marks:
             return np.zeros(ids.size, np.bool_)
-        parked: Bools = self._place[ids] >= self._marks[0][1]
+        parked: Bools = np.greater_equal(self._place[ids], self._marks[0][1])
         return parked
 
     def fence(self, epoch: int) -> None:

@@ -19,7 +19,9 @@ from .steps import Steps
 class OneRow(Steps):
     """Opening on found pages, growing, and publishing of single sequences."""
 
-    def open_on(self, block_keys: Sequence[bytes], pages: Sequence[int]) -> int:
+    def open_on(
+        self, block_keys: Sequence[bytes], pages: Sequence[int], num_tokens: int | None = None
+    ) -> int:
         """Open a sequence on pages that were found, and return its id.
 
         Parameters
@@ -28,6 +30,8 @@ class OneRow(Steps):
             Keys of its first blocks.
         pages : sequence of int
             Pages that hold them, as `PrefixIndex.longest` finds them; they become its own.
+        num_tokens : int, optional
+            Tokens that were looked up, for the count of lookups.
 
         Raises
         ------
@@ -41,9 +45,9 @@ class OneRow(Steps):
         for key, page in zip(keys, pages, strict=True):
             if prefix is None or not 0 < page < self.pool.num_pages or prefix.key_of(page) != key:
                 raise ArgumentError(f"page {page} does not hold block {key.hex()}")
-        ids, rows = self._new_rows(1)
-        self._adopt(int(rows[0]), BlockChain(keys, opaque=True), list(pages))
-        return int(ids[0])
+        seq_id, row = self._new_row()
+        self._adopt(row, BlockChain(keys, opaque=True), list(pages), num_tokens)
+        return seq_id
 
     def lengthen(self, seq_id: int, length: int, keep_free: int = 0) -> list[int]:
         """Make room in one sequence for positions below ``length``; return its new pages.
@@ -65,6 +69,15 @@ class OneRow(Steps):
             length = integer("length", length, 0, MAX_TOKENS)
         size = self.page_size
         old = self._length.item(row)
+        if old < length and length <= old + -old % size and not self.window_tokens:
+            # Inside the open page, as most decode steps are: done if nobody else knows that page.
+            page = self._table.item(row, old // size)
+            if self.pool.ref_counts.item(page) == 1 and not (
+                self.prefix is not None and self.prefix.holds(page)
+            ):
+                self.version += 1
+                self._length[row] = length
+                return []
         if length <= old:
             return []
         first, stop = -(-old // size), -(-length // size)
@@ -92,6 +105,7 @@ class OneRow(Steps):
             self._grow_width(stop)
         pages = self._take_pages(need)
         self._table[row, first:stop] = pages
+        self._touch(row, first)
         new: list[int] = pages.tolist()
         return new
 

@@ -7,17 +7,17 @@ owner may still be wanted for what it holds: `PagePool.touch` takes it from the 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ArgumentError, CapacityError, IntegrityError, OutOfPages
 from .arguments import Bools, Int32, Int64, Integers, integer, integers
 from .free_queue import FreeQueue
 
 #: Up to so many ids a loop is faster than NumPy's calls.
-FEW = 32
+FEW = 16
+#: The dtype of every array of ids made here; NumPy keeps one object for it.
+INT32 = np.dtype(np.int32)
+ARRAY = np.ndarray
 
 
 class CountedPool:
@@ -96,7 +96,8 @@ class CountedPool:
         if count == 0:
             return np.empty(0, np.int32)
         ids = self._queue.pop(count)
-        self._refs[ids] = 1
+        # Indices of NumPy's own width are used as they are, others are converted at every use.
+        self._refs[ids.astype(np.intp)] = 1
         return ids
 
     def peek(self, count: int) -> Int32:
@@ -137,17 +138,19 @@ class CountedPool:
         Returns
         -------
         int32[freed]
-            Ids that became free, in that order.
+            Ids that became free, in that order; the array given if that is all of it.
 
         Raises
         ------
         ArgumentError
             If an id is out of range or has fewer owners than it would lose.
         """
-        if isinstance(ids, np.ndarray) and ids.ndim == 1 and ids.size:
-            simply = self._release_few(ids) if ids.size <= FEW else self._release_unshared(ids)
-            if simply is not None:
-                return simply
+        if type(ids) is ARRAY and ids.dtype is INT32 and ids.ndim == 1:
+            few = ids.size <= FEW
+            if few and self._queue.push_sole(ids.tolist(), self._owners, self._first):
+                return ids  # type: ignore[return-value]
+            if not few and self._release_unshared(ids):  # type: ignore[arg-type]
+                return ids  # type: ignore[return-value]
         owned = self._owned(ids, "release")
         if owned.size == 0:
             return np.empty(0, np.int32)
@@ -170,33 +173,20 @@ class CountedPool:
         self._queue.push(freed)
         return freed
 
-    def _release_few(self, ids: npt.NDArray[Any]) -> Int32 | None:
-        """Release a few ids of which each loses its only owner; None, unchanged, for any other."""
-        if ids.dtype.kind not in "iu":
-            return None
-        few: list[int] = ids.tolist()
-        owners, first, stop = self._owners, self._first, self._refs.size
-        if len(set(few)) != len(few):
-            return None
-        for one in few:
-            if not first <= one < stop or owners[one] != 1:
-                return None
-        for one in few:
-            owners[one] = 0
-        self._queue.push_few(few)
-        return ids.astype(np.int32)
-
-    def _release_unshared(self, ids: npt.NDArray[Any]) -> Int32 | None:
-        """Release ids where no id has two owners; None, unchanged, if one is not to be released."""
-        if self._shared or ids.dtype != np.int32:
-            return None
-        # As unsigned numbers the negative ones are the largest; "none" has no owner.
-        if int(ids.view(np.uint32).max()) >= self._refs.size or not self._refs.take(ids).all():
-            return None
-        if not self._queue.push_if_distinct(ids):
-            return None
-        self._refs[ids] = 0
-        return ids.copy()
+    def _release_unshared(self, ids: Int32) -> bool:
+        """Release ids if no id has two owners; tell whether it was done, else nothing changed."""
+        if self._shared:
+            return False
+        # As unsigned numbers the negative ones are too large; "none" has no owner.
+        at = ids.view(np.uint32).astype(np.intp)
+        try:
+            owned = np.count_nonzero(self._refs.take(at))
+        except IndexError:
+            return False
+        if owned != ids.size or not self._queue.push_if_distinct(ids, at):
+            return False
+        self._refs[at] = 0
+        return True
 
     def copied_on_write(self, ids: Int32) -> Bools:
         """Tell which of several writers must copy, where each owns one reference to its id.

@@ -53,7 +53,11 @@ class PageTables(Adoption, Swaps, OneRow):
         Which page holds which block, with ``sharing``.
     host : HostPool
         Owners of pages of the host tier.
+    num_blocks_evicted : int
+        Blocks dropped by `evict`; only grows.
     """
+
+    num_blocks_evicted = 0
 
     def open(
         self,
@@ -216,7 +220,9 @@ class PageTables(Adoption, Swaps, OneRow):
         self._taint_rows(np.array([row]))
         freed = self._release_pages(self._table[row, dropped])
         self._table[row, dropped] = 0
+        self._touch(row, int(dropped[-1]))
         self._evicted[row] += dropped.size
+        self.num_blocks_evicted += dropped.size
         if dropped[-1] == 0:
             self._sinks[row] = 0
         return freed

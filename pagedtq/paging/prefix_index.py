@@ -45,6 +45,8 @@ class PrefixIndex:
     ----------
     observer : PrefixObserver or None
         Told of every change.
+    num_forgotten : int
+        How often a page lost the block it held; only grows.
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -55,7 +57,8 @@ class PrefixIndex:
         self._copies: dict[bytes, dict[int, None]] = {}
         self._keys: list[bytes | None] = [None] * count
         self._held = np.zeros(count, np.bool_)
-        self._num_held = 0
+        self._flags = self._held.data
+        self._num_held = self.num_forgotten = 0
 
     def __len__(self) -> int:
         return len(self._first)
@@ -82,6 +85,10 @@ class PrefixIndex:
     def get(self, key: bytes) -> int:
         """Return the first page that holds a block, 0 without one."""
         return self._first.get(key, 0)
+
+    def holds(self, page: int) -> bool:
+        """Return whether a page holds a block."""
+        return bool(self._flags[page])
 
     def key_of(self, page: int) -> bytes | None:
         """Return the key of the block that a page holds, None without one."""
@@ -159,7 +166,13 @@ class PrefixIndex:
         Pages that hold a block already (a fork published it) are skipped. Nothing is checked.
         """
         observer, by_page = self.observer, self._keys
-        for at, (key, page) in enumerate(zip(keys, pages.tolist(), strict=True)):
+        listed = pages.tolist()
+        # The common case: none is there already, nor given twice.
+        fresh = not np.count_nonzero(self._held[pages]) and len(set(listed)) == len(listed)
+        if fresh and observer is None:
+            self._enter_many(keys, listed)
+            return
+        for at, (key, page) in enumerate(zip(keys, listed, strict=True)):
             if by_page[page] is None:
                 self._enter_one(key, page)
                 if observer is not None:
@@ -170,14 +183,16 @@ class PrefixIndex:
         """Let pages hold nothing; those that hold nothing already are skipped."""
         if not self._num_held:
             return
-        holding = pages[self._held[pages]]
-        if holding.size:
-            self.forget_held(holding)
+        # Counting costs a fraction of picking, and mostly there is nothing to pick.
+        held = self._held[pages]
+        if np.count_nonzero(held):
+            self.forget_held(pages[held])
 
     def forget_held(self, pages: Int32) -> None:
         """Let pages hold nothing; each of them holds a block, each is given once."""
         self._held[pages] = False
         self._num_held -= pages.size
+        self.num_forgotten += pages.size
         removed = None if self.observer is None else self.observer.removed
         first, copies, keys = self._first, self._copies, self._keys
         for page in pages.tolist():
@@ -193,6 +208,7 @@ class PrefixIndex:
 
     def clear(self) -> None:
         """Let no page hold anything."""
+        self.num_forgotten += self._num_held
         self._first.clear()
         self._copies.clear()
         self._keys = [None] * len(self._keys)
@@ -242,17 +258,16 @@ class PrefixIndex:
                 raise ArgumentError(f"page {page} holds a block already")
 
     def _enter_many(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
-        new = dict(zip(keys, pages, strict=True))
-        if len(new) == len(keys) and self._first.keys().isdisjoint(new):
-            # The common case, without a step per block: nobody holds any of them.
-            self._first.update(new)
-            for key, page in new.items():
-                self._keys[page] = key
-            self._num_held += len(new)
-        else:
-            for key, page in zip(keys, pages, strict=True):
-                self._enter_one(key, page)
-        self._held[np.asarray(pages, np.int64)] = True
+        # `_enter_one` for each, with what it looks up looked up once.
+        enter, copies = self._first.setdefault, self._copies
+        by_page, held = self._keys, self._flags
+        for key, page in zip(keys, pages, strict=True):
+            by_page[page] = key
+            held[page] = True
+            first = enter(key, page)
+            if first != page:
+                copies.setdefault(key, {first: None})[page] = None
+        self._num_held += len(keys)
 
     def _enter_one(self, key: bytes, page: int) -> None:
         """Enter a key; the caller marks the page as held."""

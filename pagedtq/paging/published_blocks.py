@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +28,10 @@ class PublishedBlocks(SharedPrefixes):
         self, rows: Int64, length: Int64, num_new: Int64, token_ids: Tokens | None
     ) -> StepTokens:
         """Return the token ids of a step that are known; refuse wrong ones."""
-        pending = (self._prompt_end.take(rows) > length) & (num_new > 0)
-        members, prompts = NO_MEMBERS, []
-        if pending.any():
-            members = np.flatnonzero(pending)
+        members, prompts = (self._prompt_end.take(rows) > length).nonzero()[0], []
+        if members.size:
+            members = members[num_new[members] > 0]
+        if members.size:
             prompts = [
                 self._chains[row].prompt[at : at + n]
                 for row, at, n in zip(
@@ -44,7 +45,7 @@ class PublishedBlocks(SharedPrefixes):
             counts = np.array([prompt.size for prompt in prompts], np.int64)
             return StepTokens(members, counts, np.concatenate([*prompts, NO_TOKENS]))
         tokens = token_array("token_ids", token_ids)
-        total = int(num_new.sum())
+        total = int(np.add.reduce(num_new))
         if tokens.size != total:
             raise ArgumentError(
                 f"token_ids must have one entry per new token: expected {total}, got {tokens.size}"
@@ -76,12 +77,12 @@ class PublishedBlocks(SharedPrefixes):
         assert self.prefix is not None
         size = self.page_size
         members, counts, tokens = step
-        if tokens.size == rows.size and members is None and int(counts.max(initial=0)) == 1:
-            # One token each, as in decoding. (As many tokens as members, none with two.)
-            blocks = length // size
+        if tokens.size == rows.size and members is None and np.count_nonzero(counts) == counts.size:
+            # One token each, as in decoding. (As many tokens as members, none without.)
+            blocks = length // self._size
             pages = self._table[rows, blocks]
             self.prefix.forget(pages)
-            self._page_tokens[pages, length - blocks * size] = tokens
+            self._page_tokens[pages, length - blocks * self._size] = tokens
             known = self._known.take(rows)
             self._known[rows] = known + (known == length)
             return
@@ -133,44 +134,47 @@ class PublishedBlocks(SharedPrefixes):
         if upto is not None:
             limit = np.minimum(limit, upto)
         taint = self._taint.take(rows)
-        if taint.any():
+        if np.count_nonzero(taint):
             limit = np.where(taint > 0, np.minimum(limit, taint), limit)
-        complete = limit // self.page_size
+        complete = limit // self._size
         done = self._published.take(rows)
-        due = np.flatnonzero(complete > done)
+        due = (complete > done).nonzero()[0]
         if due.size == 0:
             return
         rows, complete, done = rows[due], complete[due], done[due]
         self._published[rows] = complete
-        single = self._single_blocks(rows, complete, done)
-        self._publish_next_blocks(rows[single], done[single])
-        for row, first, stop in zip(
-            rows[~single].tolist(), done[~single].tolist(), complete[~single].tolist(), strict=True
-        ):
+        pages = self._table[rows, done]
+        chains = [self._chains[row] for row in rows.tolist()]
+        # One block is due, and its key depends on nothing but its tokens. Looked at one by one: a
+        # list is faster to go through than an array.
+        single = [
+            stop == first + 1
+            and page > 0
+            and len(chain.keys) == first
+            and first not in chain.extras
+            for chain, first, stop, page in zip(
+                chains, done.tolist(), complete.tolist(), pages.tolist(), strict=True
+            )
+        ]
+        if all(single):
+            self._publish_next_blocks(chains, pages)
+            return
+        chosen = np.array(single)
+        self._publish_next_blocks(list(compress(chains, single)), pages[chosen])
+        rows, done, complete = rows[~chosen], done[~chosen], complete[~chosen]
+        for row, first, stop in zip(rows.tolist(), done.tolist(), complete.tolist(), strict=True):
             self._publish_blocks(row, first, stop)
 
-    def _single_blocks(self, rows: Int64, complete: Int64, done: Int64) -> Bools:
-        """Tell which rows have one block due, whose key depends on nothing but its tokens."""
-        single: Bools = complete == done + 1
-        chains = self._chains
-        for at in np.flatnonzero(single).tolist():
-            chain, block = chains[int(rows[at])], int(done[at])
-            single[at] = len(chain.keys) == block and block not in chain.extras
-        single &= self._table[rows, done] > 0
-        return single
-
-    def _publish_next_blocks(self, rows: Int64, blocks: Int64) -> None:
-        """Hash and publish one further block of each row, all at once."""
+    def _publish_next_blocks(self, chains: list[BlockChain], pages: Int32) -> None:
+        """Hash and publish one further block of each sequence, all at once."""
         assert self.prefix is not None
-        if rows.size == 0:
+        if not chains:
             return
-        pages = self._table[rows, blocks]
-        chains = [self._chains[row].keys for row in rows.tolist()]
-        parents = [chain[-1] if chain else None for chain in chains]
+        parents = [chain.keys[-1] if chain.keys else None for chain in chains]
         tokens = self._page_tokens[pages]
         keys = self._hasher.next_keys(parents, tokens)
         for chain, key in zip(chains, keys, strict=True):
-            chain.append(key)
+            chain.keys.append(key)
         self.prefix.publish_each(keys, pages, parents, tokens)
 
     def _publish_blocks(self, row: int, first: int, stop: int, tokens: Int32 | None = None) -> None:
@@ -205,11 +209,14 @@ class PublishedBlocks(SharedPrefixes):
     ) -> None:
         """Publish the blocks from ``first`` on that fit: one announcement per run of them."""
         assert self.prefix is not None
-        if fit.all():
-            runs = [np.arange(pages.size)]
-        else:
-            fresh = np.flatnonzero(fit)
-            runs = np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1)
+        if np.count_nonzero(fit) == fit.size:
+            parent = chain.keys[first - 1] if first else None
+            flat = None if by_block is None else by_block.ravel()
+            keys = chain.keys[first : first + pages.size]
+            self.prefix.enter(keys, pages.tolist(), parent, flat)
+            return
+        fresh = np.flatnonzero(fit)
+        runs = np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1)
         for run in runs:
             if run.size:
                 at = first + int(run[0])

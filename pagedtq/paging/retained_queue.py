@@ -88,22 +88,23 @@ class RetainedQueue(FreeQueue):
         super().push(ids[~banded])
         self._wait(ids[banded])
 
-    def push_if_distinct(self, ids: Int32) -> bool:
-        """Append ids unless one is given twice; return whether it was done."""
+    def push_if_distinct(self, ids: Int32, at: npt.NDArray[np.intp]) -> bool:
+        """Append ids unless one is given twice; see `FreeQueue.push_if_distinct`."""
         if not self._banded(ids).any():
-            return super().push_if_distinct(ids)
+            return super().push_if_distinct(ids, at)
         if np.unique(ids).size != ids.size:
             return False
         self.push(ids)
         return True
 
-    def push_few(self, ids: list[int]) -> None:
-        """Do what `push` does, faster for a few ids."""
-        array = np.array(ids, np.int32)
-        if self._banded(array).any():
-            self.push(array)
-        else:
-            super().push_few(ids)
+    def push_sole(self, ids: list[int], owners: memoryview, first: int) -> bool:
+        """Append a few ids that lose their only owner; see `FreeQueue.push_sole`."""
+        # Ids that join a band take the longer way; so do ids that are none.
+        if ids and not (first <= min(ids) and max(ids) < self.priority.size):
+            return False
+        if self._banded(np.array(ids, np.int32)).any():
+            return False
+        return super().push_sole(ids, owners, first)
 
     def remove(self, ids: Int32) -> None:
         """Take distinct ids from wherever they are; they keep their priorities."""

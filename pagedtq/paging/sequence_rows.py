@@ -25,6 +25,8 @@ ROW_MASK = (1 << ROW_BITS) - 1
 #: Where a sequence is that is not simply on the device: on the way out with its pages still there,
 #: on the host, and on the way back.
 LEAVING, AWAY, RETURNING = 1, 2, 3
+#: A batch that no ids are.
+NO_BATCH: tuple[bytes | None, Int64] = None, np.empty(0, np.int64)
 
 # One serial per `open`, shared by all tables of the process: with the row below it an id is never
 # used again, and an id of other tables is never mistaken for one of these.
@@ -41,7 +43,9 @@ class SequenceRows:
     `LEAVING`, `AWAY` or `RETURNING`.
     ``slot`` (``int32[capacity]``) is the window slot or -1; ``table`` (``int32[capacity, width]``)
     holds page ids, 0 where a block was evicted and from ``ceil(L / P)`` on. A row without a
-    sequence is all zeros, its slot -1.
+    sequence is all zeros, its slot -1. ``touched`` (``int64[3, capacity]``) says when a row's page
+    table was written last, counted in ``touches``, when before that, and from which block on the
+    last time; a row that is opened has a new id instead.
     """
 
     # Rows of `_fields`, rebound when it grows.
@@ -78,6 +82,8 @@ class SequenceRows:
         sinks = integer("num_sinks", num_sinks, 0, self.page_size)
         self.num_sinks = sinks if self.window_tokens else 0
         slots = integer("num_window_slots", num_window_slots, 1 if self.window_tokens else 0)
+        # NumPy takes three times as long to add a Python integer to a small array as one of these.
+        self._size, self._last = np.array(self.page_size), np.array(self.page_size - 1)
         self.pool = PagePool(num_pages)
         self.windows = WindowPool(slots if self.window_tokens else 0, num_pages)
         self.fences = Fences(self.pool, self.windows)
@@ -87,6 +93,10 @@ class SequenceRows:
         self._ids = np.empty(0, np.int64)
         self._slot = np.empty(0, np.int32)
         self._table = np.zeros((0, 8), np.int32)
+        self._touched = np.empty((3, 0), np.int64)
+        self._touches = 0
+        # The last valid batch, as its ids' bytes and its rows, until a row is closed.
+        self._batch = NO_BATCH
         self._free_rows: list[int] = []
         #: Sequences that are on the host, or on the way from or to it.
         self._num_away = 0
@@ -109,8 +119,13 @@ class SequenceRows:
         return rows
 
     def _distinct_rows(self, seq_ids: Integers) -> Int64:
-        """Return the rows of sequences; refuse unknown and repeated ids."""
-        rows = self._rows_of(seq_ids)
+        """Return the rows of sequences, read only; refuse unknown and repeated ids."""
+        ids = integers("seq_ids", seq_ids)
+        # A batch decodes for many steps: the same ids again need no second look.
+        batch = ids.tobytes()
+        if batch == self._batch[0]:
+            return self._batch[1]
+        rows = self._rows_of(ids)
         if rows.size > 1:
             order = np.arange(rows.size)
             # NumPy keeps the last of several values assigned to one place.
@@ -119,6 +134,8 @@ class SequenceRows:
             if not unique.all():
                 twice = int(self._ids[rows[~unique][0]])
                 raise ArgumentError(f"sequence {twice} appears twice in a batch of {rows.size}")
+        rows.flags.writeable = False
+        self._batch = batch, rows
         return rows
 
     def _row_of(self, seq_id: int) -> int:
@@ -185,8 +202,18 @@ class SequenceRows:
         self._ids[rows] = ids
         return ids, rows
 
+    def _new_row(self) -> tuple[int, int]:
+        """Open one row; return its id and the row."""
+        if not self._free_rows:
+            self._grow_rows(self.num_sequences + 1)
+        row = self._free_rows.pop()
+        seq_id = (next(_serials) << ROW_BITS) | row
+        self._ids[row] = seq_id
+        return seq_id, row
+
     def _recycle_rows(self, rows: Int64) -> None:
         """Close rows whose pages and slots are gone already."""
+        self._batch = NO_BATCH
         self._ids[rows] = -1
         self._fields[:, rows] = 0
         self._slot[rows] = -1
@@ -203,10 +230,11 @@ class SequenceRows:
         table[:old] = self._table
         ids = np.concatenate((self._ids, np.full(new - old, -1, np.int64)))
         slot = np.concatenate((self._slot, np.full(new - old, -1, np.int32)))
-        scratch = np.zeros(new, np.int64)
+        scratch, touched = np.zeros(new, np.int64), np.zeros((3, new), np.int64)
+        touched[:, :old] = self._touched
         # Every array exists now: running out of memory above has changed nothing.
         self._fields, self._table, self._ids, self._slot = fields, table, ids, slot
-        self._scratch = scratch
+        self._scratch, self._touched = scratch, touched
         self._length, self._coded, self._ring_start, self._sinks = fields[:4]
         self._keep, self._start, self._evicted = fields[4:7]
         self._known, self._prompt_end, self._published = fields[7:10]
@@ -221,6 +249,19 @@ class SequenceRows:
             table[:, :width] = self._table
             self._table = table
 
+    def _touch(self, rows: int | Int64, blocks: int | Int64) -> None:
+        """Note that page tables were written from some block on; see `TableExport`."""
+        self._touches += 1
+        touched = self._touched
+        touched[1, rows] = touched[0, rows]
+        touched[0, rows] = self._touches
+        touched[2, rows] = blocks
+
+    def _num_blocks(self, lengths: Int64) -> Int64:
+        """Return the blocks of so many tokens, open ones included."""
+        blocks: Int64 = (lengths + self._last) // self._size
+        return blocks
+
     def _cut(self, rows: Int64, lengths: Int64) -> Int32:
         """Truncate rows; return the pages that became free."""
         freed = self._drop_blocks(rows, lengths)
@@ -233,13 +274,13 @@ class SequenceRows:
 
     def _drop_blocks(self, rows: Int64, lengths: Int64) -> Int32:
         """Drop the blocks behind ``lengths``: row by row, each row's last block first."""
-        size = self.page_size
-        stop = (self._length[rows] + (size - 1)) // size
-        counts = stop - (lengths + (size - 1)) // size
+        stop, first = self._num_blocks(self._length[rows]), self._num_blocks(lengths)
+        counts = stop - first
         into = np.repeat(rows, counts)
         blocks = np.repeat(stop - 1, counts) - ranges(counts)
         pages = self._table[into, blocks]
         self._table[into, blocks] = 0
+        self._touch(rows, first)
         evicted = into[pages == 0]
         if evicted.size:
             np.subtract.at(self._evicted, evicted, 1)

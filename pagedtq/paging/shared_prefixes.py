@@ -119,6 +119,8 @@ class SharedPrefixes(TableViews):
         self._swapped: dict[int, SwappedRow] = {}
         #: Swaps under way, by the identity of their plans.
         self._swaps: dict[int, SwapPlan] = {}
+        #: Tokens that sequences were opened with, and those of them that were found; only grow.
+        self.prefix_queries = self.prefix_hits = 0
         self._chains: dict[int, BlockChain] = {}
         #: Priorities and pins, once there are any.
         self.retention: Retention | None = None
@@ -191,7 +193,8 @@ class SharedPrefixes(TableViews):
         """
         array = token_array("pages", pages)
         if array.size and not 0 < int(array.min()) <= int(array.max()) < self.pool.num_pages:
-            raise ArgumentError(f"pages must be in [1, {self.pool.num_pages - 1}]")
+            worst = int(array[(array < 1) | (array >= self.pool.num_pages)][0])
+            raise ArgumentError(f"pages must be in [1, {self.pool.num_pages - 1}], got {worst}")
         if self.prefix is None:
             return 0
         before = self.prefix.num_pages_held
@@ -297,11 +300,18 @@ class SharedPrefixes(TableViews):
                 pages = pages[: int(np.argmin(same))]
         return pages
 
-    def _adopt(self, row: int, chain: BlockChain | None, pages: list[int]) -> None:
+    def _adopt(
+        self, row: int, chain: BlockChain | None, pages: list[int], num_queried: int | None = None
+    ) -> None:
         """Begin an empty row with pages that hold its first blocks."""
         if chain is None:
             self._known[row] = -1
             return
+        if self.prefix is not None:
+            if num_queried is None:
+                num_queried = max(chain.prompt.size, len(chain.keys) * self.page_size)
+            self.prefix_queries += num_queried
+            self.prefix_hits += len(pages) * self.page_size
         self._chains[row] = chain
         self._prompt_end[row] = chain.prompt.size
         if chain.opaque:
@@ -372,7 +382,7 @@ def opaque_keys(block_keys: Sequence[bytes] | bytes | str) -> list[bytes]:
     if isinstance(block_keys, bytes | str):
         raise ArgumentTypeError("block_keys must be a sequence of bytes, got one key")
     keys = list(block_keys)
-    for key in keys:
+    for key in keys if set(map(type, keys)) - {bytes} else ():
         if not isinstance(key, bytes):
             raise ArgumentTypeError(f"a block key must be bytes, got {type(key).__name__}")
     return keys

@@ -58,18 +58,19 @@ class Steps(PublishedBlocks):
         if self.retention is not None:
             self.retention.refresh()
         rows = self._resident_rows(seq_ids, "append to")
-        # A copy: the plan must not change with the caller's array.
-        num_new = token_counts("num_new_tokens", num_new_tokens, rows.size).copy()
+        num_new = token_counts("num_new_tokens", num_new_tokens, rows.size)
+        if num_new is num_new_tokens:
+            # The plan must not change with the caller's array.
+            num_new = num_new.copy()
         size = self.page_size
         old = self._states(rows)
         sharing = self.prefix is not None
         tokens = self._step_tokens(rows, old.length, num_new, token_ids) if sharing else None
         new = self._after_append(old, num_new)
-        blocks = (old.length + (size - 1)) // size
-        blocks_after = (new.length + (size - 1)) // size
+        blocks, blocks_after = self._num_blocks(old.length), self._num_blocks(new.length)
         fresh = blocks_after - blocks
         leaving = self._leaving_pages(rows, old.length, num_new)
-        need = int(fresh.sum()) + leaving.size
+        need = int(np.add.reduce(fresh)) + leaving.size
         if need > self.pool.num_free:
             raise OutOfPages(need, self.pool.num_free, self.pool.num_pages - 1)
         slot_members, slot_copies = self._entering_slots(rows, num_new)
@@ -77,7 +78,7 @@ class Steps(PublishedBlocks):
             free, total = self.windows.num_free, self.windows.num_slots
             raise OutOfWindowSlots(slot_members.size, free, total)
         if need:
-            self._grow_width(int(blocks_after.max()))
+            self._grow_width(int(np.maximum.reduce(blocks_after)))
         # Nothing fails from here on.
         self.version += 1
         pages = self._take_pages(need)
@@ -91,6 +92,7 @@ class Steps(PublishedBlocks):
             at = rows[leaving], old.length[leaving] // size
             cow = PageCopies(self._table[at], pages[places])
             self._table[at] = cow.dst
+            self._touch(*at)
             self.pool.release(cow.src)
             coded = old.coded[leaving] > at[1] * size
             copies = PageCopies(cow.src[coded], cow.dst[coded])
@@ -251,8 +253,9 @@ class Steps(PublishedBlocks):
         int64[n]
             Members whose block 0 found no sink record left.
         """
-        members = np.flatnonzero(fresh)
+        members = fresh.nonzero()[0]
         at = blocks[members]
+        self._touch(rows[members], at)
         if pages.size > members.size:
             counts = fresh[members]
             members, at = np.repeat(members, counts), np.repeat(at, counts) + ranges(counts)

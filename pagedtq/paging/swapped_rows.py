@@ -129,6 +129,7 @@ class SwappedRows(Steps):
         rows = plan._rows
         member, block = self._places(rows)
         self._table[rows[member], block] = plan._entry_pages
+        self._touch(rows, 0)
         self._slot[rows] = plan._row_slots
         left = [self._swapped.pop(row) for row in rows.tolist()]
         self._away[rows] = 0

@@ -195,7 +195,7 @@ class TableViews(SequenceRows):
     def _states(self, rows: Int64) -> SequenceState[Int64]:
         length = self._length.take(rows, mode="clip")
         if not self.window_tokens:
-            return SequenceState(length, length, length, np.zeros_like(length))
+            return SequenceState(length, length, length, np.zeros(length.size, np.int64))
         return SequenceState(
             length,
             self._coded.take(rows, mode="clip"),

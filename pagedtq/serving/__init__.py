@@ -12,8 +12,10 @@ from .generation import (
 )
 from .manager import BlockManager, PrefixCacheStats
 from .preemption import PreemptionCosts, choose_preemption
+from .publisher import EventPublisher
 from .request import Blocks, Request, ServedRequest
 from .scheduler import Scheduler
+from .subscriber import EventSubscriber, NumberedBatch
 
 __all__ = [
     "AllBlocksCleared",
@@ -23,9 +25,12 @@ __all__ = [
     "Blocks",
     "Completion",
     "EventLog",
+    "EventPublisher",
+    "EventSubscriber",
     "FinishedRequest",
     "GenerationRequest",
     "KVEventBatch",
+    "NumberedBatch",
     "PreemptionCosts",
     "PrefixCacheStats",
     "Request",

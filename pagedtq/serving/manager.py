@@ -13,14 +13,16 @@ published inside `allocate_slots`; ``delay_cache_blocks`` and `cache_blocks` par
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import msgspec
 import numpy as np
 
-from ..errors import ArgumentError, OutOfPages
+from ..cache.reports import CacheCounters, CacheStats, cache_counters, cache_stats
+from ..errors import ArgumentError, ArgumentTypeError, OutOfPages
 from ..paging import PageTables, SharingOptions
-from ..paging.arguments import integer
+from ..paging.arguments import Int32, integer
 from ..paging.block_keys import token_array
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog
 from .request import Blocks, Request, checked_count, checked_fraction
@@ -34,6 +36,11 @@ class PrefixCacheStats(msgspec.Struct):
     requests: int = 0
     queries: int = 0
     hits: int = 0
+
+
+#: Keys and, for whoever is told, tokens of blocks that are to be published.
+Due: TypeAlias = tuple[Sequence[bytes], Int32 | None]
+NOTHING_DUE: Due = (), None
 
 
 class Holding:
@@ -145,6 +152,14 @@ class BlockManager:
         everyone = self.tables.pool.ref_counts[pages] == len(self._holdings)
         return [len(pages) if everyone.all() else int(np.argmin(everyone))]
 
+    def stats(self) -> CacheStats:
+        """Count pages, sequences and tokens."""
+        return cache_stats(self.tables)
+
+    def counters(self) -> CacheCounters:
+        """Count what happened so far; lookups are those of requests that were admitted."""
+        return cache_counters(self.tables)
+
     def make_prefix_cache_stats(self) -> PrefixCacheStats | None:
         """Return the lookups since the last call; None if they are not counted."""
         if self._stats is None:
@@ -225,7 +240,9 @@ class BlockManager:
         ArgumentError
             If there is nothing to make room for, or blocks are given to a request that has some.
         """
-        new = checked_count("num_new_tokens", num_new_tokens)
+        name, new = request.request_id, num_new_tokens
+        if type(new) is not int or new < 0:
+            new = checked_count(name, "num_new_tokens", new)
         found = lookahead = external = reserved = 0
         # A decode step has none of them.
         if (
@@ -234,23 +251,43 @@ class BlockManager:
             or num_external_computed_tokens
             or reserved_blocks
         ):
-            found = checked_count("num_new_computed_tokens", num_new_computed_tokens)
-            lookahead = checked_count("num_lookahead_tokens", num_lookahead_tokens)
-            external = checked_count("num_external_computed_tokens", num_external_computed_tokens)
-            reserved = checked_count("reserved_blocks", reserved_blocks)
+            found = checked_count(name, "num_new_computed_tokens", num_new_computed_tokens)
+            lookahead = checked_count(name, "num_lookahead_tokens", num_lookahead_tokens)
+            external = checked_count(
+                name, "num_external_computed_tokens", num_external_computed_tokens
+            )
+            reserved = checked_count(name, "reserved_blocks", reserved_blocks)
         if new + external == 0:
-            raise ArgumentError(f"request {request.request_id}: no token to allocate slots for")
+            raise ArgumentError(
+                f"request {name}: no token to allocate slots for, expected num_new_tokens or "
+                "num_external_computed_tokens >= 1"
+            )
         size, tables = self.block_size, self.tables
         pages = () if new_computed_blocks is None else new_computed_blocks.page_ids
-        holding = self._holdings.get(request.request_id)
+        if found != len(pages) * size:
+            raise ArgumentError(
+                f"request {name}: {found} computed tokens were given with {len(pages)} blocks of "
+                f"{size} tokens; pass what get_computed_blocks returned"
+            )
+        holding = self._holdings.get(name)
         if holding is not None and pages:
-            raise ArgumentError(f"request {request.request_id} holds blocks already")
+            raise ArgumentError(
+                f"request {name} holds blocks already; pass computed blocks with its first tokens "
+                "only, or free it before"
+            )
         computed = request.num_computed_tokens + found + external
         target = whole = computed + new + lookahead
         if full_sequence_must_fit:
             whole = max(target, request.num_tokens)
         if self.max_model_len is not None:
             target, whole = min(target, self.max_model_len), min(whole, self.max_model_len)
+        # Most steps complete no block, so look before anything else is asked of the request. What
+        # is wrong with its blocks must be known before anything is taken.
+        done = len(pages) if holding is None else holding.num_published
+        due = NOTHING_DUE
+        if self.enable_caching and not delay_cache_blocks and (computed + new) // size > done:
+            # Drafts are not among the request's tokens yet.
+            due = self._due(request, done, min(computed + new, request.num_tokens))
         if holding is None:
             need = max(-(-whole // size) - len(pages), 0)
             if pages:
@@ -259,8 +296,14 @@ class BlockManager:
                 need += self.watermark_blocks
             if need > tables.pool.num_free - reserved:
                 return None
-            seq_id = tables.open_on(request.block_hashes[: len(pages)], pages)
-            holding = self._holdings[request.request_id] = Holding(seq_id, len(pages))
+            keys = request.block_hashes[: len(pages)]
+            try:
+                seq_id = tables.open_on(keys, pages, request.num_tokens)
+            except ArgumentError as error:
+                raise ArgumentError(
+                    f"request {name}: {error}; look its blocks up again before it is admitted"
+                ) from error
+            holding = self._holdings[name] = Holding(seq_id, len(pages))
         elif whole > target:
             need = -(-whole // size) - -(-tables.length_of(holding.seq_id) // size)
             if need > tables.pool.num_free - reserved:
@@ -269,19 +312,16 @@ class BlockManager:
             taken = tables.lengthen(holding.seq_id, target, reserved)
         except OutOfPages:
             return None
-        # Most steps complete no block, so look before anything else is asked of the request.
-        whole_blocks = (computed + new) // size
-        if self.enable_caching and not delay_cache_blocks and whole_blocks > holding.num_published:
-            # Drafts are not among the request's tokens yet.
-            self._publish(holding, request, min(computed + new, request.num_tokens))
+        if due[0]:
+            self._publish(holding, due)
         return Blocks(taken) if taken else NO_BLOCKS
 
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Publish the whole blocks among the first so many tokens of a request."""
         holding = self._holdings.get(request.request_id)
-        computed = checked_count("num_computed_tokens", num_computed_tokens)
+        computed = checked_count(request.request_id, "num_computed_tokens", num_computed_tokens)
         if self.enable_caching and holding is not None:
-            self._publish(holding, request, computed)
+            self._publish(holding, self._due(request, holding.num_published, computed))
 
     # -- giving back -------------------------------------------------------------------------
 
@@ -293,19 +333,32 @@ class BlockManager:
 
     def evict_blocks(self, block_ids: Iterable[int]) -> None:
         """Let pages be found no longer; their owners keep them."""
-        self.tables.forget_blocks(np.array(sorted(block_ids), np.int64))
+        self.tables.forget_blocks(list(block_ids))
 
     def reset_prefix_cache(self) -> bool:
         """Forget every block, unless a request holds pages; return whether it was done."""
         return self.tables.reset_prefix_cache()
 
-    def _publish(self, holding: Holding, request: Request, num_tokens: int) -> None:
-        count, done, size = num_tokens // self.block_size, holding.num_published, self.block_size
+    def _due(self, request: Request, done: int, num_tokens: int) -> Due:
+        """Return keys and tokens of a request's whole blocks behind the first ``done``."""
+        count, size = num_tokens // self.block_size, self.block_size
         if count <= done:
-            return
-        tokens = None
-        if self._log is not None:
-            tokens = token_array("all_token_ids", request.all_token_ids[done * size : count * size])
+            return NOTHING_DUE
+        name = request.request_id
         keys = request.block_hashes[done:count]
-        self.tables.publish_keys(holding.seq_id, keys, tokens)
-        holding.num_published += len(keys)
+        if set(map(type, keys)) - {bytes}:
+            kinds = sorted({type(key).__name__ for key in keys if not isinstance(key, bytes)})
+            if kinds:
+                raise ArgumentTypeError(
+                    f"request {name}: block hashes must be bytes, got {', '.join(kinds)}"
+                )
+        if self._log is None:
+            return keys, None
+        tokens = request.all_token_ids[done * size : (done + len(keys)) * size]
+        return keys, token_array(f"request {name}: all_token_ids", tokens)
+
+    def _publish(self, holding: Holding, due: Due) -> None:
+        keys, tokens = due
+        if keys:
+            self.tables.publish_keys(holding.seq_id, keys, tokens)
+            holding.num_published += len(keys)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..paging.arguments import Int32, integer
 from ..paging.block_keys import BlockHasher, extras_of, token_array
 
@@ -78,7 +78,10 @@ class ServedRequest:
         self.request_id = request_id
         self.num_computed_tokens = 0
         self.skip_reading_prefix_cache = skip_reading_prefix_cache
-        self._hasher, self._extras = hasher, extras_of(salt, extra_keys)
+        try:
+            self._hasher, self._extras = hasher, extras_of(salt, extra_keys)
+        except (ArgumentError, ArgumentTypeError) as error:
+            raise type(error)(f"request {request_id}: {error}") from error
         self._tokens = np.empty(0, np.int32)
         self.num_tokens = 0
         self.block_hashes: list[bytes] = []
@@ -97,7 +100,7 @@ class ServedRequest:
         ArgumentError, ArgumentTypeError
             If they are no tokens.
         """
-        new = token_array("token_ids", token_ids)
+        new = token_array(f"request {self.request_id}: token_ids", token_ids)
         total = self.num_tokens + new.size
         self._grow(total)
         self._tokens[self.num_tokens : total] = new
@@ -107,7 +110,8 @@ class ServedRequest:
     def append_token(self, token_id: int) -> None:
         """Add one token, as a decode step does; see `append`."""
         if type(token_id) is not int or not INT32_MIN <= token_id <= INT32_MAX:
-            token_id = integer("token_id", token_id, INT32_MIN, INT32_MAX)
+            name = f"request {self.request_id}: token_id"
+            token_id = integer(name, token_id, INT32_MIN, INT32_MAX)
         at = self.num_tokens
         if at == self._tokens.size:
             self._grow(at + 1)
@@ -176,6 +180,14 @@ def checked_fraction(name: str, value: float) -> float:
     return value
 
 
-def checked_count(name: str, value: int) -> int:
-    """Return a count of tokens or pages that is not negative."""
-    return value if type(value) is int and value >= 0 else integer(name, value, 0)
+def checked_count(request_id: str, name: str, value: int) -> int:
+    """Return a count of tokens or pages that is not negative.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If it is negative or no integer.
+    """
+    if type(value) is int and value >= 0:
+        return value
+    return integer(f"request {request_id}: {name}", value, 0)

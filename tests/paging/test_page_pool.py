@@ -138,6 +138,31 @@ def test_a_refused_call_changes_nothing(call, error):
     pool.check_integrity()
 
 
+@pytest.mark.parametrize("count", [1, 16, 17, 300])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("bad", [-1, -(1 << 31), 400, (1 << 31) - 1, 399, "first", None])
+def test_an_array_with_one_bad_page_is_refused_wherever_it_stands(count, shared, bad):
+    pool = PagePool(400)
+    pages = pool.acquire(398)
+    if shared:
+        pool.retain(pages[350:351])
+    for place in {0, count // 2, count}:
+        ids = np.insert(pages[:count], place, pages[0] if bad == "first" else bad or 0)
+        before = pool.ref_counts.tolist(), pool.free_ids().tolist()
+        if bad is None:
+            # The null page is skipped.
+            assert pool.release(ids).tolist() == pages[:count].tolist()
+            assert np.array_equal(np.sort(pool.acquire(count + 1)), [*range(1, count + 1), 399])
+            assert not pool.num_free
+            return
+        with pytest.raises(ArgumentError, match="release"):
+            pool.release(ids)
+        assert before == (pool.ref_counts.tolist(), pool.free_ids().tolist())
+        pool.check_integrity()
+    assert pool.release(pages[:count]).tolist() == pages[:count].tolist()
+    pool.check_integrity()
+
+
 def test_the_error_for_too_many_pages_has_the_numbers():
     pool = PagePool(6)
     pool.acquire(2)

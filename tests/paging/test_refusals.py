@@ -256,6 +256,27 @@ def test_a_policy_keeps_a_number_of_tokens(first, last, error):
         KeepFirstLast(first, last)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda w: w.tables.reserve([w.a, w.b], [1, -7]), r"num_new_tokens\[1\] .* got -7"),
+        (lambda w: w.tables.reserve([w.a], -7), "num_new_tokens must be in .* got -7"),
+        (lambda w: w.tables.reserve([w.a, w.closed], 1), "sequence {0.closed} is not open here"),
+        (lambda w: w.tables.reserve([w.a, w.b, w.a], 1), "sequence {0.a} appears twice .* of 3"),
+        (lambda w: w.tables.reserve([w.a], 1 << 20), r"need \d+ pages, \d+ free of 19; evict,"),
+        (lambda w: w.tables.close([w.b, w.b]), "sequence {0.b} appears twice in a batch of 2"),
+        (lambda w: w.tables.truncate(w.a, 17), "sequence {0.a} .* block 1 was evicted; expected"),
+        (lambda w: w.tables.pool.release([1, 1, 1]), "release gives page 1 3 times, but it has 2"),
+        (lambda w: w.tables.pool.release([19]), "release: page 19 has no owner"),
+        (lambda w: w.tables.pool.release([77]), r"page must be in \[1, 19\], got 77"),
+    ],
+)
+def test_a_refusal_names_who_what_and_how_many(call, message):
+    w = world()
+    with pytest.raises((ArgumentError, OutOfPages), match=message.format(w)):
+        call(w)
+
+
 def test_releasing_the_null_page_changes_nothing():
     w = world()
     before = snapshot(w.tables)

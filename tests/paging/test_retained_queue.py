@@ -81,14 +81,24 @@ class QueueMachine(RuleBasedStateMachine):
         array = np.array(ids, np.int32)
         if how == "twice":
             if ids:
-                assert not self.queue.push_if_distinct(np.array([*ids, ids[0]], np.int32))
+                again = np.array([*ids, ids[0]], np.int32)
+                assert not self.queue.push_if_distinct(again, again.astype(np.intp))
             return
         if how == "few":
-            self.queue.push_few(list(ids))
+            # Of ids that join a band it does nothing and says so, as of ids that have no owner.
+            owners = np.zeros(self.count + 1, np.int32)
+            owners[array] = 1
+            banded = not self.fences and any(self.priority[i] != DEFAULT_PRIORITY for i in ids)
+            assert not self.queue.push_sole([*ids, 0], owners.data, 1)
+            assert owners.sum() == len(ids)
+            assert self.queue.push_sole(list(ids), owners.data, 1) != banded
+            assert owners.sum() == (len(ids) if banded else 0)
+            if banded:
+                self.queue.push(array)
         elif how == "push":
             self.queue.push(array)
         else:
-            assert self.queue.push_if_distinct(array)
+            assert self.queue.push_if_distinct(array, array.astype(np.intp))
         for one in ids:
             if self.fences:
                 self.parked.append((one, self.fences[-1]))

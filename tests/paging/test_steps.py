@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from token_model import snapshot
 
-from pagedtq.errors import OutOfPages, OutOfWindowSlots, StepError
+from pagedtq.errors import OutOfPages, OutOfWindowSlots, StepError, UnknownSequence
 from pagedtq.paging import PageTables
 
 SIZE = 16
@@ -285,3 +285,22 @@ def test_rows_and_width_grow_without_changing_what_they_hold():
     tables.check_integrity()
     tables.close(more)
     tables.check_integrity()
+
+
+def test_a_batch_that_was_valid_is_looked_at_again_once_a_member_closed():
+    tables = PageTables(4, 40)
+    ids = tables.open_many(3)
+    tables.commit(tables.reserve(ids, 1))
+    tables.commit(tables.reserve(ids, 1))
+    tables.close(int(ids[1]))
+    with pytest.raises(UnknownSequence, match=f"sequence {ids[1]} is not open"):
+        tables.reserve(ids, 1)
+    # Its row has a new owner now.
+    (newer,) = tables.open_many(1)
+    with pytest.raises(UnknownSequence):
+        tables.reserve(ids, 1)
+    plan = tables.reserve([ids[0], newer, ids[2]], [1, 2, 3])
+    tables.commit(plan)
+    assert tables.lengths([ids[0], newer, ids[2]]).tolist() == [3, 2, 5]
+    with pytest.raises(ValueError, match="read-only"):
+        plan.rows[0] = 7

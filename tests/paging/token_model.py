@@ -10,6 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from export_model import DeviceTable
 from token_layers import POISON, Layer
 
 from pagedtq.errors import EvictedError, OutOfEvictablePages, OutOfPages, OutOfWindowSlots
@@ -61,6 +62,7 @@ class TokenCache:
         self.layers.append(Layer(self.tables, overlay=False))
         self.model: dict[int, Sequence] = {}
         self.next_token = 0
+        self.device = DeviceTable(self.tables)
 
     def open(self) -> int:
         seq_id = self.tables.open()
@@ -88,6 +90,7 @@ class TokenCache:
             assert before == self.snapshot()
             return False
         plan = tables.reserve(seq_ids, num_new, token_ids)
+        self.device.sometimes(self.model)
         assert tables.pool.num_free == free - need
         assert tables.windows.num_free == free_slots - slots
         assert plan.new_pages.size + plan.copy_dst.size == need
@@ -223,6 +226,7 @@ class TokenCache:
         """Every resident position reads its own token from exactly one place, in every layer."""
         self.tables.check_integrity()
         ids = list(self.model)
+        self.device.sometimes(ids)
         assert self.tables.num_sequences == len(ids)
         resident = 0
         for seq_id in ids:
