@@ -13,19 +13,26 @@ published inside `allocate_slots`; ``delay_cache_blocks`` and `cache_blocks` par
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Iterable
 
 import msgspec
 import numpy as np
 
 from ..cache.reports import CacheCounters, CacheStats, cache_counters, cache_stats
-from ..errors import ArgumentError, ArgumentTypeError, OutOfPages
+from ..errors import ArgumentError, OutOfPages
 from ..paging import PageTables, SharingOptions
-from ..paging.arguments import Int32, integer
-from ..paging.block_keys import token_array
+from ..paging.arguments import integer
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog
-from .request import Blocks, Request, checked_count, checked_fraction
+from .request import (
+    NOTHING_DUE,
+    Blocks,
+    Due,
+    Holding,
+    Request,
+    blocks_due,
+    checked_count,
+    checked_fraction,
+)
 
 NO_BLOCKS = Blocks()
 
@@ -36,20 +43,6 @@ class PrefixCacheStats(msgspec.Struct):
     requests: int = 0
     queries: int = 0
     hits: int = 0
-
-
-#: Keys and, for whoever is told, tokens of blocks that are to be published.
-Due: TypeAlias = tuple[Sequence[bytes], Int32 | None]
-NOTHING_DUE: Due = (), None
-
-
-class Holding:
-    """What the manager knows of a request that holds pages."""
-
-    __slots__ = ("num_published", "seq_id")
-
-    def __init__(self, seq_id: int, num_published: int) -> None:
-        self.seq_id, self.num_published = seq_id, num_published
 
 
 class BlockManager:
@@ -341,21 +334,7 @@ class BlockManager:
 
     def _due(self, request: Request, done: int, num_tokens: int) -> Due:
         """Return keys and tokens of a request's whole blocks behind the first ``done``."""
-        count, size = num_tokens // self.block_size, self.block_size
-        if count <= done:
-            return NOTHING_DUE
-        name = request.request_id
-        keys = request.block_hashes[done:count]
-        if set(map(type, keys)) - {bytes}:
-            kinds = sorted({type(key).__name__ for key in keys if not isinstance(key, bytes)})
-            if kinds:
-                raise ArgumentTypeError(
-                    f"request {name}: block hashes must be bytes, got {', '.join(kinds)}"
-                )
-        if self._log is None:
-            return keys, None
-        tokens = request.all_token_ids[done * size : (done + len(keys)) * size]
-        return keys, token_array(f"request {name}: all_token_ids", tokens)
+        return blocks_due(request, self.block_size, done, num_tokens, self._log is not None)
 
     def _publish(self, holding: Holding, due: Due) -> None:
         keys, tokens = due

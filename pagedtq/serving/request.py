@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -165,6 +165,46 @@ class Blocks:
 
     def __repr__(self) -> str:
         return f"Blocks({list(self.page_ids)})"
+
+
+class Holding:
+    """What a manager knows of a request that holds pages."""
+
+    __slots__ = ("num_published", "seq_id")
+
+    def __init__(self, seq_id: int, num_published: int) -> None:
+        self.seq_id, self.num_published = seq_id, num_published
+
+
+#: Keys and, for whoever is told, tokens of blocks that are to be published.
+Due: TypeAlias = tuple[Sequence[bytes], Int32 | None]
+NOTHING_DUE: Due = (), None
+
+
+def blocks_due(
+    request: Request, block_size: int, done: int, num_tokens: int, with_tokens: bool
+) -> Due:
+    """Return the whole blocks of a request's first tokens, but the first ``done``.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If a key is not bytes, or a token does not fit int32.
+    """
+    count = num_tokens // block_size
+    if count <= done:
+        return NOTHING_DUE
+    keys = request.block_hashes[done:count]
+    if set(map(type, keys)) - {bytes}:
+        kinds = sorted({type(key).__name__ for key in keys if not isinstance(key, bytes)})
+        if kinds:
+            raise ArgumentTypeError(
+                f"request {request.request_id}: block hashes must be bytes, got {', '.join(kinds)}"
+            )
+    if not with_tokens:
+        return keys, None
+    tokens = request.all_token_ids[done * block_size : (done + len(keys)) * block_size]
+    return keys, token_array(f"request {request.request_id}: all_token_ids", tokens)
 
 
 def checked_fraction(name: str, value: float) -> float:
