@@ -92,6 +92,7 @@ class PageTables(Adoption, Swaps, OneRow):
             opaque = chain.opaque
             length = len(chain.keys) * self.page_size if opaque else chain.prompt.size
             pages = self._found(chain.keys, length, None if opaque else chain.prompt)
+        self._grow_width(len(pages))
         ids, rows = self._new_rows(1)
         self._adopt(int(rows[0]), chain, pages)
         return int(ids[0])
