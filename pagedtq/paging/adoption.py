@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import StepError
 from .arguments import Int32, Int64, Integers, ranges
+from .exclusive import exclusive
 from .sequence_image import SequenceImage, check_image
 from .steps import Steps
 
@@ -146,6 +147,7 @@ class Adoption(Steps):
             self.version,
         )
 
+    @exclusive
     def adopt(self, plan: AdoptionPlan) -> Int64:
         """Open the sequences of a plan and return their ids, ``int64[n]``, in the image's order.
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import ArgumentError, OutOfPages
 from .arguments import MAX_TOKENS, Int32, integer
+from .exclusive import exclusive, take_turn
 from .shared_prefixes import BlockChain, opaque_keys
 from .steps import Steps
 
@@ -19,6 +20,7 @@ from .steps import Steps
 class OneRow(Steps):
     """Opening on found pages, growing, and publishing of single sequences."""
 
+    @exclusive
     def open_on(self, block_keys: Sequence[bytes], pages: Sequence[int]) -> int:
         """Open a sequence on pages that were found, and return its id.
 
@@ -59,6 +61,13 @@ class OneRow(Steps):
         StepError
             If a step is open.
         """
+        take_turn(self._turn, "lengthen")
+        try:
+            return self._lengthen(seq_id, length, keep_free)
+        finally:
+            self._turn.append(None)
+
+    def _lengthen(self, seq_id: int, length: int, keep_free: int) -> list[int]:
         if self._step is not None:
             self._refuse_open_step("lengthen")
         row = self._resident_row(seq_id, "append to")
@@ -76,7 +85,7 @@ class OneRow(Steps):
         if need + shared and need + shared > free:
             raise OutOfPages(need + shared, max(free, 0), self.pool.num_pages - 1)
         if self.window_tokens or shared:
-            self.commit(self.reserve(np.array([seq_id]), length - old))
+            self._commit(self._reserve(np.array([seq_id]), length - old))
             taken: list[int] = self._table[row, first:stop].tolist()
             return taken
         if stop > self._table.shape[1]:
@@ -102,6 +111,7 @@ class OneRow(Steps):
         """Return how many blocks of a sequence were published or found."""
         return self._published.item(self._row_of(seq_id))
 
+    @exclusive
     def publish_keys(
         self, seq_id: int, block_keys: Sequence[bytes], token_ids: Int32 | None = None
     ) -> None:

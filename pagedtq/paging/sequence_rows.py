@@ -14,6 +14,7 @@ from ..errors import (
     UnknownSequence,
 )
 from .arguments import Int32, Int64, Integers, integer, integers, ranges
+from .exclusive import Turn
 from .fences import Fences
 from .page_pool import PagePool
 from .window_pool import WindowPool
@@ -80,7 +81,8 @@ class SequenceRows:
         slots = integer("num_window_slots", num_window_slots, 1 if self.window_tokens else 0)
         self.pool = PagePool(num_pages)
         self.windows = WindowPool(slots if self.window_tokens else 0, num_pages)
-        self.fences = Fences(self.pool, self.windows)
+        self._turn: Turn = [None]
+        self.fences = Fences(self.pool, self.windows, self._turn)
         #: Grows with every change; tells a `StepPlan` whether its lazy arrays still hold.
         self.version = 0
         self._fields = np.zeros((13, 0), np.int64)

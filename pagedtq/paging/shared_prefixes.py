@@ -25,6 +25,7 @@ import numpy.typing as npt
 from ..errors import ArgumentError, ArgumentTypeError
 from .arguments import Int32, Int64
 from .block_keys import BlockHasher, HashName, extras_of, token_array
+from .exclusive import exclusive
 from .prefix_index import PrefixIndex
 from .swap_plan import HostPool, SwappedRow, SwapPlan
 from .table_views import TableViews
@@ -139,6 +140,7 @@ class SharedPrefixes(TableViews):
         keys = self._hasher.chain(tokens, extras=extras_of(salt, extra_keys))
         return len(self._found(keys, tokens.size, tokens)) * self.page_size
 
+    @exclusive
     def reset_prefix_cache(self) -> bool:
         """Forget every block if no page has an owner; return whether that was so.
 
@@ -151,6 +153,7 @@ class SharedPrefixes(TableViews):
             self.prefix.clear()
         return True
 
+    @exclusive
     def forget_blocks(self, pages: Tokens) -> int:
         """Let pages be found no longer, whoever owns them; return how many held a block.
 
@@ -170,6 +173,7 @@ class SharedPrefixes(TableViews):
         self.windows.release_records(array[self.pool.ref_counts[array] == 0])
         return before - self.prefix.num_pages_held
 
+    @exclusive
     def extend_keys(self, seq_id: int, block_keys: Sequence[bytes]) -> None:
         """Name further blocks of a sequence that was opened with ``block_keys``.
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import OutOfPages, OutOfWindowSlots, StepError
 from .arguments import Bools, Int32, Int64, Integers, ranges, token_counts
+from .exclusive import exclusive, take_turn
 from .published_blocks import NO_MEMBERS, PublishedBlocks
 from .shared_prefixes import Tokens
 from .step_plan import NO_COPIES, PageCopies, SequenceState, StepPlan
@@ -53,6 +54,16 @@ class Steps(PublishedBlocks):
         OutOfPages, OutOfWindowSlots
             If the step as a whole does not fit.
         """
+        # As `exclusive`, without the price of passing arguments on.
+        take_turn(self._turn, "reserve")
+        try:
+            return self._reserve(seq_ids, num_new_tokens, token_ids)
+        finally:
+            self._turn.append(None)
+
+    def _reserve(
+        self, seq_ids: Integers, num_new_tokens: int | Integers, token_ids: Tokens | None = None
+    ) -> StepPlan:
         self._refuse_open_step("reserve")
         rows = self._resident_rows(seq_ids, "append to")
         # A copy: the plan must not change with the caller's array.
@@ -148,12 +159,20 @@ class Steps(PublishedBlocks):
         StepError
             If ``plan`` is not the open step.
         """
+        take_turn(self._turn, "commit")
+        try:
+            self._commit(plan, publish_to)
+        finally:
+            self._turn.append(None)
+
+    def _commit(self, plan: StepPlan, publish_to: Integers | None = None) -> None:
         upto = None
         if publish_to is not None:
             upto = token_counts("publish_to", publish_to, plan.rows.size)
         self._end_step(plan, "commit")
         self._publish(plan.rows, upto)
 
+    @exclusive
     def abort(self, plan: StepPlan) -> Int32:
         """Close the open step and truncate its sequences to their old lengths.
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import ArgumentError, OutOfHostPages, OutOfPages, OutOfWindowSlots, StepError
 from .arguments import Int32, Int64, Integers
+from .exclusive import exclusive
 from .sequence_rows import AWAY, LEAVING, RETURNING
 from .swap_plan import SwappedRow, SwapPlan
 from .swapped_rows import NO_PAGES, SwappedRows
@@ -26,6 +27,7 @@ from .swapped_rows import NO_PAGES, SwappedRows
 class Swaps(SwappedRows):
     """Beginning to move sequences between the tiers."""
 
+    @exclusive
     def begin_swap_out(self, seq_ids: Integers) -> SwapPlan:
         """Begin to move sequences to the host; all of them or none.
 
@@ -96,6 +98,7 @@ class Swaps(SwappedRows):
         )
         return self._begin(plan, LEAVING)
 
+    @exclusive
     def begin_swap_in(self, seq_ids: Integers) -> SwapPlan:
         """Begin to bring sequences back to the device; all of them or none.
 
