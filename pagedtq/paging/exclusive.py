@@ -32,10 +32,15 @@ def take_turn(turn: Turn, operation: str) -> None:
     try:
         turn.pop()
     except IndexError:
-        raise ConcurrentCallError(
-            f"cannot {operation}: another call is changing these tables; let one thread call at a "
-            f"time, or guard the tables with a lock"
-        ) from None
+        raise calls_met(operation) from None
+
+
+def calls_met(operation: str) -> ConcurrentCallError:
+    """Return what is raised when a call finds the turn taken."""
+    return ConcurrentCallError(
+        f"cannot {operation}: another call is changing these tables; let one thread call at a "
+        f"time, or guard the tables with a lock"
+    )
 
 
 def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:

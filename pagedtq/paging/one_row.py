@@ -85,7 +85,9 @@ class OneRow(Steps):
         if need + shared and need + shared > free:
             raise OutOfPages(need + shared, max(free, 0), self.pool.num_pages - 1)
         if self.window_tokens or shared:
-            self._commit(self._reserve(np.array([seq_id]), length - old))
+            plan = self._reserve(np.array([seq_id]), length - old)
+            self._end_step(plan, "commit")
+            self._publish(plan.rows)
             taken: list[int] = self._table[row, first:stop].tolist()
             return taken
         if stop > self._table.shape[1]:

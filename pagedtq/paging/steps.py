@@ -6,7 +6,7 @@ import numpy as np
 
 from ..errors import OutOfPages, OutOfWindowSlots, StepError
 from .arguments import Bools, Int32, Int64, Integers, ranges, token_counts
-from .exclusive import exclusive, take_turn
+from .exclusive import calls_met, exclusive
 from .published_blocks import NO_MEMBERS, PublishedBlocks
 from .shared_prefixes import Tokens
 from .step_plan import NO_COPIES, PageCopies, SequenceState, StepPlan
@@ -55,7 +55,10 @@ class Steps(PublishedBlocks):
             If the step as a whole does not fit.
         """
         # As `exclusive`, without the price of passing arguments on.
-        take_turn(self._turn, "reserve")
+        try:
+            self._turn.pop()
+        except IndexError:
+            raise calls_met("reserve") from None
         try:
             return self._reserve(seq_ids, num_new_tokens, token_ids)
         finally:
@@ -159,18 +162,18 @@ class Steps(PublishedBlocks):
         StepError
             If ``plan`` is not the open step.
         """
-        take_turn(self._turn, "commit")
         try:
-            self._commit(plan, publish_to)
+            self._turn.pop()
+        except IndexError:
+            raise calls_met("commit") from None
+        try:
+            upto = None
+            if publish_to is not None:
+                upto = token_counts("publish_to", publish_to, plan.rows.size)
+            self._end_step(plan, "commit")
+            self._publish(plan.rows, upto)
         finally:
             self._turn.append(None)
-
-    def _commit(self, plan: StepPlan, publish_to: Integers | None = None) -> None:
-        upto = None
-        if publish_to is not None:
-            upto = token_counts("publish_to", publish_to, plan.rows.size)
-        self._end_step(plan, "commit")
-        self._publish(plan.rows, upto)
 
     @exclusive
     def abort(self, plan: StepPlan) -> Int32:
