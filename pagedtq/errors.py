@@ -114,6 +114,10 @@ class StepError(PagedTQError, RuntimeError):
     """The call does not fit the state of the open step (or there is none)."""
 
 
+class ConcurrentCallError(PagedTQError, RuntimeError):
+    """Two calls met inside the same tables; the later one has changed nothing."""
+
+
 class IntegrityError(PagedTQError, AssertionError):
     """``check_integrity()`` found a broken invariant: a defect of pagedtq or a foreign write."""
 

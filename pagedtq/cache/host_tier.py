@@ -77,9 +77,9 @@ class HostTier:
     def drop_unowned(self) -> None:
         """Let go of rings and sinks whose sequences have left the host."""
         refs, rings = self._pool.ref_counts, self._pool.rings.ref_counts
-        for ring in [ring for ring in self._rings if not rings[ring]]:
+        for ring in [ring for ring in list(self._rings) if not rings[ring]]:
             del self._rings[ring]
-        for page in [page for page in self._sinks if not refs[page]]:
+        for page in [page for page in list(self._sinks) if not refs[page]]:
             del self._sinks[page]
 
     def _copy_out(self, plan: SwapPlan) -> None:

@@ -380,8 +380,13 @@ class PagedKVCache(CacheSwaps):
         missing = sorted(set(range(self.config.num_layers)) - self._stored)
         if missing and plan.num_tokens:
             raise StepError(f"layers {missing} are not stored in this step")
-        self.tables.commit(plan, publish_to)
+        # Before the tables' own step ends: another thread may begin one right after that.
         self._step = None
+        try:
+            self.tables.commit(plan, publish_to)
+        except BaseException:
+            self._step = plan
+            raise
         self._after_change()
 
     def abort_step(self) -> None:
@@ -397,7 +402,12 @@ class PagedKVCache(CacheSwaps):
             if layer not in self._stored:
                 self.backend.seal(layer, rows, mapping)
         self._step = None
-        self._freed(self.tables.abort(plan))
+        try:
+            freed = self.tables.abort(plan)
+        except BaseException:
+            self._step = plan
+            raise
+        self._freed(freed)
 
     # -- parts -------------------------------------------------------------------------------
 

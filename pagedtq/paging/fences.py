@@ -15,6 +15,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .arguments import Int32, integer
+from .exclusive import Turn, exclusive
 from .page_pool import PagePool
 from .window_pool import WindowPool
 
@@ -36,10 +37,12 @@ class Fences:
         Pages.
     windows : WindowPool
         Window slots and sink records.
+    turn : Turn
+        Whose call it is that changes them.
     """
 
-    def __init__(self, pool: PagePool, windows: WindowPool) -> None:
-        self._pool, self._windows = pool, windows
+    def __init__(self, pool: PagePool, windows: WindowPool, turn: Turn) -> None:
+        self._pool, self._windows, self._turn = pool, windows, turn
         self._open: dict[int, Event | None] = {}
         self._epoch = 0
 
@@ -53,6 +56,7 @@ class Fences:
         """Pages that wait for a fence."""
         return self._pool.num_parked
 
+    @exclusive
     def open(self, event: Event | None = None) -> int:
         """Open a fence and return its epoch: work that may read what is owned now begins.
 
@@ -69,6 +73,7 @@ class Fences:
         self._open[self._epoch] = event
         return self._epoch
 
+    @exclusive
     def close(self, epoch: int) -> Int32:
         """Close a fence: its work is done. Fences may close in any order.
 
@@ -90,6 +95,7 @@ class Fences:
         del self._open[number]
         return self._rejoin()
 
+    @exclusive
     def poll(self) -> Int32:
         """Close the fences whose events have passed; return the pages that rejoined, as `close`."""
         if not self._open:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import ArgumentError, OutOfPages
 from .arguments import MAX_TOKENS, Int32, integer
+from .exclusive import exclusive, take_turn
 from .shared_prefixes import BlockChain, opaque_keys
 from .steps import Steps
 
@@ -19,6 +20,7 @@ from .steps import Steps
 class OneRow(Steps):
     """Opening on found pages, growing, and publishing of single sequences."""
 
+    @exclusive
     def open_on(
         self, block_keys: Sequence[bytes], pages: Sequence[int], num_tokens: int | None = None
     ) -> int:
@@ -45,6 +47,7 @@ class OneRow(Steps):
         for key, page in zip(keys, pages, strict=True):
             if prefix is None or not 0 < page < self.pool.num_pages or prefix.key_of(page) != key:
                 raise ArgumentError(f"page {page} does not hold block {key.hex()}")
+        self._grow_width(len(keys))
         seq_id, row = self._new_row()
         self._adopt(row, BlockChain(keys, opaque=True), list(pages), num_tokens)
         return seq_id
@@ -62,6 +65,13 @@ class OneRow(Steps):
         StepError
             If a step is open.
         """
+        take_turn(self._turn, "lengthen")
+        try:
+            return self._lengthen(seq_id, length, keep_free)
+        finally:
+            self._turn.append(None)
+
+    def _lengthen(self, seq_id: int, length: int, keep_free: int) -> list[int]:
         if self._step is not None:
             self._refuse_open_step("lengthen")
         row = self._resident_row(seq_id, "append to")
@@ -69,7 +79,11 @@ class OneRow(Steps):
             length = integer("length", length, 0, MAX_TOKENS)
         size = self.page_size
         old = self._length.item(row)
-        if old < length and length <= old + -old % size and not self.window_tokens:
+        if (
+            old < length
+            and length <= old + -old % size
+            and not (self.window_tokens or self._twins.count)
+        ):
             # Inside the open page, as most decode steps are: done if nobody else knows that page.
             page = self._table.item(row, old // size)
             if self.pool.ref_counts.item(page) == 1 and not (
@@ -88,11 +102,16 @@ class OneRow(Steps):
         if need + shared and need + shared > free:
             raise OutOfPages(need + shared, max(free, 0), self.pool.num_pages - 1)
         if self.window_tokens or shared:
-            self.commit(self.reserve(np.array([seq_id]), length - old))
+            plan = self._reserve(np.array([seq_id]), length - old)
+            self._end_step(plan, "commit")
+            self._publish(plan.rows)
             taken: list[int] = self._table[row, first:stop].tolist()
             return taken
         if need and self.retention is not None:
             self.retention.refresh()
+        if stop > self._table.shape[1]:
+            self._grow_width(stop)
+        pages, _, _ = self._take(need)
         self.version += 1
         self._length[row] = length
         if open_page and self._twins.count:
@@ -101,9 +120,6 @@ class OneRow(Steps):
             self.prefix.forget(np.array([open_page], np.int32))
         if not need:
             return []
-        if stop > self._table.shape[1]:
-            self._grow_width(stop)
-        pages = self._take_pages(need)
         self._table[row, first:stop] = pages
         self._touch(row, first)
         new: list[int] = pages.tolist()
@@ -117,6 +133,7 @@ class OneRow(Steps):
         """Return how many blocks of a sequence were published or found."""
         return self._published.item(self._row_of(seq_id))
 
+    @exclusive
     def publish_keys(
         self, seq_id: int, block_keys: Sequence[bytes], token_ids: Int32 | None = None
     ) -> None:

@@ -15,6 +15,7 @@ from ..errors import ArgumentError, EvictedError
 from . import integrity
 from .adoption import Adoption
 from .arguments import Int32, Int64, Integers, integer, integers
+from .exclusive import exclusive
 from .one_row import OneRow
 from .sequence_rows import AWAY
 from .shared_prefixes import BlockChain, Tokens
@@ -59,6 +60,7 @@ class PageTables(Adoption, Swaps, OneRow):
 
     num_blocks_evicted = 0
 
+    @exclusive
     def open(
         self,
         token_ids: Tokens | BlockChain | None = None,
@@ -95,16 +97,19 @@ class PageTables(Adoption, Swaps, OneRow):
         else:
             chain = self.prepare(token_ids, salt=salt, extra_keys=extra_keys, block_keys=block_keys)
         pages = [] if chain is None else self.find_pages(chain)
+        self._grow_width(len(pages))
         ids, rows = self._new_rows(1)
         self._adopt(int(rows[0]), chain, pages)
         return int(ids[0])
 
+    @exclusive
     def open_many(self, count: int) -> Int64:
         """Open ``count`` empty sequences without tokens; return their ids, ``int64[count]``."""
         ids, rows = self._new_rows(integer("count", count, 0))
         self._known[rows] = -1
         return ids
 
+    @exclusive
     def close(self, seq_ids: int | Integers) -> Int32:
         """Close sequences: drop their pages, each sequence's last first, and their windows.
 
@@ -134,6 +139,7 @@ class PageTables(Adoption, Swaps, OneRow):
         self._recycle_rows(rows)
         return freed
 
+    @exclusive
     def fork(self, seq_id: int) -> int:
         """Open a sequence that shares all pages and the window of another; takes no page."""
         self._refuse_open_step("fork")
@@ -149,6 +155,7 @@ class PageTables(Adoption, Swaps, OneRow):
         self._share_chain(row, new_row)
         return int(new_id[0])
 
+    @exclusive
     def truncate(self, seq_id: int, length: int) -> Int32:
         """Cut a sequence to its first ``length`` tokens.
 
@@ -182,6 +189,7 @@ class PageTables(Adoption, Swaps, OneRow):
             self._cut_chain(row, length)
         return freed
 
+    @exclusive
     def evict(
         self, seq_id: int, blocks: Integers, boundary: tuple[int, int] | None = None
     ) -> Int32:
@@ -234,6 +242,7 @@ class PageTables(Adoption, Swaps, OneRow):
         self._evictable(seq_id, row, integers("blocks", blocks))
         self._checked_boundary(seq_id, row, *boundary)
 
+    @exclusive
     def set_start(self, seq_id: int, keep: int, start: int) -> None:
         """Let attention read only positions ``[0, keep)`` and ``[start, inf)`` of a sequence.
 

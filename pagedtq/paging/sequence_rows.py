@@ -14,6 +14,7 @@ from ..errors import (
     UnknownSequence,
 )
 from .arguments import Int32, Int64, Integers, integer, integers, ranges
+from .exclusive import Turn
 from .fences import Fences
 from .page_pool import PagePool
 from .window_pool import WindowPool
@@ -86,7 +87,8 @@ class SequenceRows:
         self._size, self._last = np.array(self.page_size), np.array(self.page_size - 1)
         self.pool = PagePool(num_pages)
         self.windows = WindowPool(slots if self.window_tokens else 0, num_pages)
-        self.fences = Fences(self.pool, self.windows)
+        self._turn: Turn = [None]
+        self.fences = Fences(self.pool, self.windows, self._turn)
         #: Grows with every change; tells a `StepPlan` whether its lazy arrays still hold.
         self.version = 0
         self._fields = np.zeros((13, 0), np.int64)
@@ -193,8 +195,7 @@ class SequenceRows:
 
     def _new_rows(self, count: int) -> tuple[Int64, Int64]:
         """Open ``count`` rows; return their ids and the rows."""
-        if count > len(self._free_rows):
-            self._grow_rows(self.num_sequences + count)
+        self._grow_for(count)
         start = len(self._free_rows) - count
         rows = np.array(self._free_rows[start:][::-1], np.int64)
         del self._free_rows[start:]
@@ -210,6 +211,11 @@ class SequenceRows:
         seq_id = (next(_serials) << ROW_BITS) | row
         self._ids[row] = seq_id
         return seq_id, row
+
+    def _grow_for(self, count: int) -> None:
+        """Have room for ``count`` more rows."""
+        if count > len(self._free_rows):
+            self._grow_rows(self.num_sequences + count)
 
     def _recycle_rows(self, rows: Int64) -> None:
         """Close rows whose pages and slots are gone already."""

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from ..errors import ArgumentError, ArgumentTypeError
 from .arguments import Int32, Int64, integer
 from .block_keys import BlockHasher, HashName, extras_of, token_array
+from .exclusive import exclusive
 from .prefix_index import PrefixIndex
 from .swap_plan import HostPool, SwappedRow, SwapPlan
 from .table_views import TableViews
@@ -169,6 +170,7 @@ class SharedPrefixes(TableViews):
         keys = self._hasher.chain(tokens, extras=extras_of(salt, extra_keys))
         return len(self._found(keys, tokens.size, tokens)) * self.page_size
 
+    @exclusive
     def reset_prefix_cache(self) -> bool:
         """Forget every block if no page has an owner; return whether that was so.
 
@@ -183,6 +185,7 @@ class SharedPrefixes(TableViews):
                 self.retention.drop(self.pool.free_ids())
         return True
 
+    @exclusive
     def forget_blocks(self, pages: Tokens) -> int:
         """Let pages be found no longer, whoever owns them; return how many held a block.
 
@@ -205,6 +208,7 @@ class SharedPrefixes(TableViews):
         self.windows.release_records(array[self.pool.ref_counts[array] == 0])
         return before - self.prefix.num_pages_held
 
+    @exclusive
     def extend_keys(self, seq_id: int, block_keys: Sequence[bytes]) -> None:
         """Name further blocks of a sequence that was opened with ``block_keys``.
 
@@ -303,7 +307,7 @@ class SharedPrefixes(TableViews):
     def _adopt(
         self, row: int, chain: BlockChain | None, pages: list[int], num_queried: int | None = None
     ) -> None:
-        """Begin an empty row with pages that hold its first blocks."""
+        """Begin an empty row with pages that hold its first blocks; the table is wide enough."""
         if chain is None:
             self._known[row] = -1
             return
@@ -320,7 +324,6 @@ class SharedPrefixes(TableViews):
             self._keyed[row] = len(chain.keys) * self.page_size
         if not pages:
             return
-        self._grow_width(len(pages))
         found = np.array(pages, np.int32)
         self.pool.touch(found)
         self.windows.wake_records(found[:1])

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import StepError
 from .arguments import Bools, Int32, Int64, Integers, ranges
+from .exclusive import exclusive
 from .sequence_rows import AWAY, LEAVING
 from .steps import Steps
 from .swap_plan import SwappedRow, SwapPlan
@@ -24,6 +25,7 @@ class SwappedRows(Steps):
         """Sequences that are on the host."""
         return len(self._swapped)
 
+    @exclusive
     def commit_swap(self, plan: SwapPlan) -> Int32:
         """End a swap whose bytes are copied: its sequences are on the other side now.
 
@@ -43,6 +45,7 @@ class SwappedRows(Steps):
         self._return(plan)
         return NO_PAGES
 
+    @exclusive
     def abort_swap(self, plan: SwapPlan) -> Int32:
         """Give a swap up: its sequences stay where they were, and what it took is given back.
 

@@ -96,7 +96,7 @@ class TableExport:
             For bad ids; the copy stays as it was.
         """
         tables = self._tables
-        rows = tables._rows_of(seq_ids)
+        rows = tables._readable_rows(seq_ids, "export")
         ids, lengths = tables._ids.take(rows), tables._length.take(rows)
         blocks = -(-lengths // tables.page_size)
         size = rows.size
