@@ -13,6 +13,7 @@ import msgspec
 
 from .. import __version__
 from ..backends import kernel_source
+from ..backends.cupy_device import missing_cuda
 from ..config import FORMAT_VERSION
 from ..errors import BackendUnavailable
 from .arguments import Commands, add_command
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def collect_info() -> Info:
-    """Look at this process and machine. Imports nothing optional."""
+    """Look at this process and machine. Imports nothing optional but CuPy, if it is installed."""
     affinity = getattr(os, "sched_getaffinity", None)
     return Info(
         schema=1,
@@ -90,7 +91,7 @@ def collect_info() -> Info:
         cpu=_cpu(),
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         packages={name: _version(name) for name in _PACKAGES},
-        backends={"host": "available", "cuda": "not in this version"},
+        backends={"host": "available", "cuda": missing_cuda() or "available"},
         kernels=_kernels(),
     )
 
