@@ -1,0 +1,49 @@
+"""All of the CUDA backend, its kernels' source included, run on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness_device import HarnessDevice
+
+from tests.parity.cases import make_config, small_cases
+from tests.parity.claims import *  # noqa: F403
+from tests.parity.twins import Twins
+
+
+@pytest.fixture
+def device():
+    return HarnessDevice()
+
+
+@pytest.fixture(params=small_cases(), ids=str)
+def case(request):
+    return request.param
+
+
+def test_tables_and_mappings_are_sent_once_per_step(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0), device)
+    members = [twins.open(), twins.open()]
+    twins.append(members, (20, 33))
+    cache, ids = twins.cuda, twins.members(members, 1)
+    queries = device.upload(twins.queries(2, 4))
+    kv = [device.upload(part.astype(np.float16)) for part in twins.draw(2)]
+    cache.debug = False
+    cache.begin_step(ids, 1)
+    sent = []
+    for layer in (0, 1):
+        before, planned = device.copies, _count(device, "plan_splits")
+        cache.store(layer, *kv)
+        cache.attend(layer, queries, ids)
+        sent.append((device.copies - before, _count(device, "plan_splits") - planned))
+    assert sent == [(2, 1), (0, 0)]  # the slot mapping; tables and ranges together
+    cache.commit()
+
+
+def _count(device, kernel):
+    return sum(launch.kernel == kernel for launch in device.log)
+
+
+def test_arrays_of_the_device_and_of_numpy_do_not_mix(device):
+    with pytest.raises(TypeError, match="mixes"):
+        device.zeros((3,), np.float32) + np.ones(3, np.float32)
