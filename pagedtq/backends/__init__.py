@@ -101,6 +101,7 @@ def why_not_cuda(config: CacheConfig, accumulate: str = "float32") -> str | None
 
 
 __all__ = [
+    "BACKEND_VARIABLE",
     "Backend",
     "BackendFactory",
     "BackendName",

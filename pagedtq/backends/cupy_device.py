@@ -69,6 +69,7 @@ class CupyDevice:
         self._device = cupy.cuda.Device(index)
         properties = cupy.cuda.runtime.getDeviceProperties(self._device.id)
         self.name: str = properties["name"].decode()
+        self.arch: int = 10 * properties["major"] + properties["minor"]
         self.multiprocessors: int = properties["multiProcessorCount"]
         self._kernels: dict[tuple[Any, ...], Any] = {}
         self._staging = _Staging(cupy)

@@ -61,6 +61,8 @@ class Device(Protocol):
     ----------
     name : str
         Of the hardware.
+    arch : int
+        Compute capability without the dot: 80, 90, 120.
     multiprocessors : int
         Blocks that run side by side, in multiples.
     xp : module
@@ -68,6 +70,7 @@ class Device(Protocol):
     """
 
     name: str
+    arch: int
     multiprocessors: int
     xp: Any
 

@@ -94,6 +94,7 @@ class HarnessDevice:
     """
 
     name = "SIMT harness"
+    arch = 80
     multiprocessors = 1
     xp = np
 
