@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from harness_device import HarnessDevice
 
+from benchmarks.gpu import operations, workloads
+from benchmarks.gpu.workloads import quick
 from tests.parity.cases import make_config, small_cases
 from tests.parity.claims import *  # noqa: F403
 from tests.parity.twins import Twins
@@ -47,3 +49,36 @@ def _count(device, kernel):
 def test_arrays_of_the_device_and_of_numpy_do_not_mix(device):
     with pytest.raises(TypeError, match="mixes"):
         device.zeros((3,), np.float32) + np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize("workload", quick(), ids=lambda row: f"{row.operation}-{row.form}")
+def test_what_the_gpu_benchmark_measures_runs(device, workload, monkeypatch):
+    # Two heads and one dimension for which the kernels are compiled already.
+    for module in (workloads, operations):
+        monkeypatch.setattr(module, "KV_HEADS", 2)
+        monkeypatch.setattr(module, "DIM", 64)
+    prepared = operations.Prepared(workload, device)
+    prepared.eager()
+    if prepared.captured is not None:
+        prepared.captured()
+
+
+def test_a_captured_graph_holds_the_planner_once_per_pass_over_the_layers(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0), device)
+    twins.append([twins.open()], [40])
+    tables, ids = twins.cuda.tables, twins.members([0], 1)
+    plan = twins.cuda.backend.plan(1, 8)
+    plan.update(tables.block_table(ids), tables.reads(ids, False))
+    queries = device.upload(twins.queries(1, 4))
+    state = {
+        "out": device.zeros((1, 8, 64), np.float32),
+        "lse": device.zeros((1, 8), np.float32),
+    }
+    plan.attend(0, queries, 0.1, **state)
+    for _ in range(2):
+        with device.capture() as graph:
+            for layer in (0, 1):
+                plan.attend(layer, queries, 0.1, **state)
+        kernels = [launch.kernel for launch in graph.launches]
+        assert kernels.count("plan_splits") == 1 and kernels[0] == "plan_splits"
+        assert kernels.count("attend") == 2
