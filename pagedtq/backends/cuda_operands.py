@@ -110,7 +110,7 @@ class Operands:
         kind = kind_of_dtype(array.dtype, "queries", _declared(adopted.kind, dtype))
         if self.validate:
             check_range(widen(self.device.download(array), kind), "queries", "f32")
-        return self._contiguous(array), kind
+        return self.contiguous(array), kind
 
     def slots(self, slots: Any, owners: Array | None, count: int | None) -> DeviceArray:
         """Check page slots (see `check_slots`) and bring them to the device."""
@@ -132,7 +132,7 @@ class Operands:
             if array.ndim != 1 or array.dtype != np.int64:
                 got = f"{array.dtype}{list(array.shape)}"
                 raise ArgumentTypeError(f"indices on the device must be int64[n], got {got}")
-            return self._contiguous(array)
+            return self.contiguous(array)
         return self.constant(np.asarray(indices, np.int64))
 
     def constant(self, wanted: Array) -> DeviceArray:
@@ -145,7 +145,8 @@ class Operands:
         self._kept = [*self._kept[-_KEPT + 1 :], (wanted.copy(), sent)]
         return sent
 
-    def _contiguous(self, array: DeviceArray) -> DeviceArray:
+    def contiguous(self, array: DeviceArray) -> DeviceArray:
+        """Return a device array whose elements lie side by side, itself if they do."""
         return array if array.flags.c_contiguous else self._copied(array)
 
     def _heads_together(self, array: DeviceArray) -> DeviceArray:

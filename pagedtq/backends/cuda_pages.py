@@ -109,13 +109,14 @@ class CudaPages(SlabRules):
         """
         self.check(pages)
         check_shape(slabs, "slabs", (len(pages), self._layout.page_bytes), "pages, page bytes")
-        if slabs.dtype != np.uint8:
-            raise ArgumentTypeError(f"slabs must be uint8, got {slabs.dtype}")
+        adopted = self._device.adopt(slabs, "slabs")
+        given = slabs if adopted is None else adopted.array
+        if given.dtype != np.uint8:
+            raise ArgumentTypeError(f"slabs must be uint8, got {given.dtype}")
         if not len(pages):
             return
-        adopted = self._device.adopt(slabs, "slabs")
         if adopted is not None:
-            self._move(page_launches.scatter_slabs, pages, adopted.array)
+            self._move(page_launches.scatter_slabs, pages, self._operands.contiguous(given))
             return
         self._move(page_launches.scatter_slabs, pages, self._device.upload(slabs))
         # The caller may be a thread whose stream nobody else waits for.

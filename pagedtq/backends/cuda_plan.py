@@ -297,8 +297,6 @@ class AttendPlan:
         if sink_logits is None:
             return None
         check_shape(sink_logits, "sink_logits", (num_q_heads,), "one per query head")
-        if sink_logits.dtype.kind != "f":
-            raise ArgumentTypeError(f"sink_logits must be floats, got {sink_logits.dtype}")
         adopted = self._device.adopt(sink_logits, "sink_logits")
         if adopted is not None:
             if adopted.array.dtype != np.float32:
@@ -306,6 +304,8 @@ class AttendPlan:
                     f"sink_logits on the device must be float32, got {adopted.array.dtype}"
                 )
             return adopted.array
+        if sink_logits.dtype.kind != "f":
+            raise ArgumentTypeError(f"sink_logits must be floats, got {sink_logits.dtype}")
         if not (sink_logits < np.inf).all():
             raise NonFiniteError(f"sink_logits must be finite or -inf, got {sink_logits}")
         return self._backend.operands.constant(sink_logits.astype(np.float32))

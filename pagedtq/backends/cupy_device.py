@@ -140,6 +140,7 @@ class CupyDevice:
     def adopt(self, array: Any, name: str) -> Adopted | None:
         """See a foreign array on this device as one of its own, without a copy."""
         if isinstance(array, self.xp.ndarray):
+            self._refuse_other_device(name, array.device.id)
             return Adopted(array, None)
         if isinstance(array, np.ndarray):
             return None
@@ -151,10 +152,8 @@ class CupyDevice:
                 f"{name} must be a NumPy array or lie on a CUDA device, got {type(array).__name__} "
                 f"on DLPack device {place}"
             )
-        if place[0] == _CUDA and place[1] != self._device.id:
-            raise ArgumentTypeError(
-                f"{name} must lie on device {self._device.id}, got one on device {place[1]}"
-            )
+        if place[0] == _CUDA:
+            self._refuse_other_device(name, place[1])
         if str(array.dtype) == "torch.bfloat16":
             # CuPy has no such dtype of its own: the bits travel, and the kind beside them.
             bits = array.detach().view(sys.modules["torch"].uint16)
@@ -215,6 +214,12 @@ class CupyDevice:
             raise KernelCompileError(
                 f"{special} does not compile for {self.name}: {error}"
             ) from error
+
+    def _refuse_other_device(self, name: str, index: int) -> None:
+        if index != self._device.id:
+            raise ArgumentTypeError(
+                f"{name} must lie on device {self._device.id}, got one on device {index}"
+            )
 
     def _refuse_capture(self, what: str) -> None:
         if self.capturing:

@@ -13,6 +13,10 @@ class ndarray(np.ndarray):
     """A device array; its memory is the host's."""
 
     @property
+    def device(self):
+        return SimpleNamespace(id=0)
+
+    @property
     def data(self):
         return SimpleNamespace(
             copy_from_host_async=lambda address, size, stream: _move(

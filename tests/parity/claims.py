@@ -13,6 +13,7 @@ from pagedtq import Exact, LayerOverride, PagedKVCache, Polar, TurboQuant
 from pagedtq.backends.cuda import CudaBackend
 from pagedtq.errors import ArgumentError, NonFiniteError, StepError, UnsupportedError
 from pagedtq.paging.shared_prefixes import SharingOptions
+from pagedtq.telemetry import ShadowedCache
 from pagedtq.wire import load_cache, save_cache
 from tests.parity.cases import HEADS, make_config
 from tests.parity.twins import Twins
@@ -389,3 +390,52 @@ def test_a_cache_says_what_computes(device):
     assert repr(twins.host).endswith("host)")
     with pytest.raises(ArgumentError, match="another configuration"):
         PagedKVCache(twins.config.replace(seed=9), lambda config, means: twins.cuda.backend)
+
+
+def test_entries_outside_the_read_ranges_are_neither_read_nor_refused(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=1), device)
+    twins.append([twins.open()], [200])
+    cache, backend = twins.cuda, twins.cuda.backend
+    cache.tables.set_start(twins.ids[0][1], 20, 120)
+    ids, queries = twins.members([0], 1), twins.queries(1, 4)
+    table, reads = cache.tables.block_table(ids), cache.tables.reads(ids, False)
+    want = [twins.fetch(a) for a in backend.attend(0, queries, table, reads, 0.1)]
+    wild = table.copy()
+    wild[0, 2:7] = 2**30
+    got = [twins.fetch(a) for a in backend.attend(0, queries, wild, reads, 0.1)]
+    assert all(np.array_equal(*pair) for pair in zip(got, want))
+
+
+def test_a_sequence_with_nothing_to_read_is_zero_with_an_lse_of_minus_infinity(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=1), device)
+    twins.append([twins.open(), twins.open()], [40, 16])
+    tables, ids = twins.cuda.tables, twins.members([0, 1], 1)
+    reads = tables.reads(ids, False)
+    reads = reads._replace(stop=reads.stop * [0, 1])
+    backend = twins.cuda.backend
+    state = backend.attend(0, twins.queries(2, 4), tables.block_table(ids), reads, 0.1)
+    out, lse = map(twins.fetch, state)
+    assert np.isneginf(lse[0]).all() and not out[0].any()
+    assert np.isfinite(lse[1]).all() and out[1].any()
+
+
+def test_a_shadowed_cache_compares_on_the_host(device):
+    config = make_config("k4v4", 64, 16, window=16, num_layers=1)
+
+    def on_device(config, means):
+        return CudaBackend(config, means, device=device)
+
+    reports = []
+    for backend in (on_device, "host"):
+        rng = np.random.default_rng(3)
+        cache = ShadowedCache(config, backend, fraction=1.0)
+        seq = cache.open()
+        cache.append(seq, *rng.standard_normal((2, 1, 70, HEADS, 64)).astype(np.float32))
+        queries = rng.standard_normal((1, 8, 64)).astype(np.float32)
+        cache.attend(0, queries, seq)
+        cache.score(0, queries, seq)
+        reports.append(cache.shadow_report().total)
+    for metric in ("output", "lse", "logit"):
+        ours, theirs = (getattr(report, metric) for report in reports)
+        assert ours.count == theirs.count > 0
+        assert abs(ours.mean - theirs.mean) <= 0.05 * theirs.mean + 1e-4
