@@ -312,6 +312,32 @@ class PagedKVCache(CacheReads):
         self.backend.write_bounds(layer, plan.filled_pages)
         self._stored.add(layer)
 
+    def mark_stored(self, layers: Sequence[int] | None = None) -> None:
+        """Say that layers of the open step were stored by other means: a captured graph.
+
+        Whoever replays a graph has brought the step's mappings to where the graph reads them; the
+        cache believes it.
+
+        Parameters
+        ----------
+        layers : sequence of int, optional
+            Which; all by default.
+
+        Raises
+        ------
+        StepError
+            No step is open, or one of the layers is stored already.
+        ArgumentError
+            There is no such layer.
+        """
+        self._open_step("mark_stored")
+        chosen = range(self.config.num_layers) if layers is None else layers
+        for layer in chosen:
+            self._check_layer(layer)
+            if layer in self._stored:
+                raise StepError(f"layer {layer} is already stored in this step")
+        self._stored |= set(chosen)
+
     def commit(self, publish_to: Sequence[int] | Array | None = None) -> None:
         """Close the open step; every layer must be stored. Complete blocks can now be found.
 

@@ -230,6 +230,68 @@ def test_storing_is_captured_with_mappings_on_the_device(device):
         twins.check_pages()
 
 
+def test_a_whole_decode_step_is_one_graph(device):
+    config = make_config("k4v4", 64, 16, window=16)
+    twins = Twins(config, device)
+    members = [twins.open(), twins.open()]
+    twins.append(members, (13, 30))
+    cache, backend = twins.cuda, twins.cuda.backend
+    ids, layers = twins.members(members, 1), range(config.num_layers)
+    plan = backend.plan(2, max_blocks=8)
+    kv = [device.zeros((2, 2, HEADS, 64), np.float16) for _ in range(2)]
+    queries = device.zeros((2, 8, 64), np.float16)
+    out, lse = device.zeros((2, 2, 8, 64), np.float32), device.zeros((2, 2, 8), np.float32)
+    # A step seals at most a block per sequence; what is left over is skipped.
+    sealed = {name: device.upload(np.full(2 * 16, -1)) for name in ("rows", "slots")}
+    mappings = {name: device.upload(np.full(2, -1)) for name in ("store", "ring", "sink")}
+
+    def model() -> None:
+        for layer in layers:
+            batch = backend.check(layer, kv[0][layer], kv[1][layer])
+            backend.seal(layer, sealed["rows"], sealed["slots"])
+            backend.write(layer, batch, mappings["store"])
+            backend.window(layer).write(batch, mappings["ring"], mappings["sink"])
+            plan.attend(layer, queries, 0.125, out=out[layer], lse=lse[layer])
+
+    def bring(step) -> None:
+        for name, values in (("rows", step.seal_rows), ("slots", step.seal_mapping)):
+            padded = np.full(2 * 16, -1)
+            padded[: values.size] = values
+            device.copy_in(sealed[name], padded)
+        for name, values in (
+            ("store", step.store_mapping),
+            ("ring", step.ring_mapping),
+            ("sink", step.sink_mapping),
+        ):
+            device.copy_in(mappings[name], values)
+        tables = cache.tables
+        window = tables.window_slots(ids), tables.sink_records(ids)
+        plan.update(tables.block_table(ids), tables.reads(ids, True), window=window)
+
+    graph = None
+    for _ in range(22):
+        fresh = [part.astype(np.float16).reshape(2, 2, HEADS, 64) for part in twins.draw(4)]
+        asked = twins.queries(2, 4).astype(np.float16)
+        for target, source in zip((*kv, queries), (*fresh, asked)):
+            device.copy_in(target, source)
+        bring(cache.begin_step(ids, 1))
+        if graph is None:
+            model()
+            with device.capture() as graph:
+                model()
+        else:
+            graph.launch()
+        cache.mark_stored()
+        cache.commit()
+        twins.host.append(twins.members(members, 0), *fresh, [1, 1])
+        for layer in layers:
+            want = twins.host.attend(layer, asked, twins.members(members, 0), sm_scale=0.125)
+            twins.check_state(twins.fetch(out)[layer], twins.fetch(lse)[layer], *want)
+    twins.check_pages()
+    with pytest.raises(StepError, match="mark_stored needs an open step"):
+        cache.mark_stored()
+
+
 def test_nothing_is_allocated_or_copied_inside_a_capture(device):
     twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=1), device)
     twins.append([twins.open()], [20])
