@@ -101,7 +101,7 @@ def markdown(rows: list[Row], columns: tuple[str, ...]) -> str:
 def figures() -> str:
     """Return the body of docs/performance.md."""
     parts = []
-    for name, (question, columns, chosen) in SECTIONS.items():
+    for name, (question, columns, chosen) in (SECTIONS | gpu_sections()).items():
         result = load(name)
         rows = [row for row in result["rows"] if chosen(row)]
         versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
@@ -114,6 +114,18 @@ def figures() -> str:
             *(f"- {note}" for note in result["notes"]),
         ]
     return "\n\n".join(parts)
+
+
+def gpu_sections() -> dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]]:
+    """Return a section for each device that has a result; there may be none."""
+    return {
+        path.stem: (
+            f"What does a device reach? ({load(path.stem)['device']})",
+            (),
+            lambda row: True,
+        )
+        for path in sorted(RESULTS.glob("gpu-*.json"))
+    }
 
 
 def summary() -> str:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+# Elements of one piece of products of exact keys.
+_PIECE_ELEMENTS = 1 << 24
+
 
 class ScorePlaces(NamedTuple):
     """Which positions are scored, and where; all on the host.
@@ -102,12 +105,13 @@ def _fill(
     slots: Array,
 ) -> None:
     """Write the scores of rows of the exact window into their columns."""
-    if not columns.size:
-        return
-    owners = places.owners[columns]
-    keys, _ = window.positions(ring, slots[owners], places.positions[columns])
-    heads, dim = keys.shape[1:]
     upload = backend.device.upload
-    grouped = queries[upload(owners)].reshape(columns.size, heads, -1, dim)
-    products = (grouped * keys[:, :, None]).sum(axis=3).reshape(columns.size, -1)
-    values[:, upload(columns)] = products.T
+    per_piece = max(1, _PIECE_ELEMENTS // int(np.prod(queries.shape[1:])))
+    for begin in range(0, columns.size, per_piece):
+        piece = columns[begin : begin + per_piece]
+        owners = places.owners[piece]
+        keys, _ = window.positions(ring, slots[owners], places.positions[piece])
+        heads, dim = keys.shape[1:]
+        grouped = queries[upload(owners)].reshape(piece.size, heads, -1, dim)
+        products = (grouped * keys[:, :, None]).sum(axis=3).reshape(piece.size, -1)
+        values[:, upload(piece)] = products.T
