@@ -228,7 +228,8 @@ class CudaBackend:
         if window is not None:
             self.window(layer)
         chunk = 0 if keys is None and values is None else int(lens.max())
-        plan = self._plan_for(len(lens), int(lens.sum()), block_table.shape[1], chunk)
+        overlay = window is not None
+        plan = self._plan_for(len(lens), int(lens.sum()), block_table.shape[1], chunk, overlay)
         plan.update(block_table, reads, lens, window)
         return plan.attend(
             layer,
@@ -263,7 +264,8 @@ class CudaBackend:
         if not len(lens):
             empty = self.device.empty((queries.shape[1], 0), np.float32)
             return Scores(empty, np.zeros(1, np.int64), np.zeros(0, np.int64))
-        plan = self._plan_for(len(lens), len(lens), block_table.shape[1], 0)
+        overlay = window is not None
+        plan = self._plan_for(len(lens), len(lens), block_table.shape[1], 0, overlay)
         plan.update(block_table, reads, lens, window)
         return score(self, plan, layer, queries, block_table, reads, window)
 
@@ -322,10 +324,15 @@ class CudaBackend:
         """Return the launches and tables of a layer; ``ArgumentError`` if there is none."""
         return self.layers[integer("layer", layer, 0, self.config.num_layers - 1)]
 
-    def _plan_for(self, batch: int, tokens: int, blocks: int, chunk: int) -> AttendPlan:
-        """Return a plan of this shape; tables are padded so that growing rarely needs a new one."""
+    def _plan_for(
+        self, batch: int, tokens: int, blocks: int, chunk: int, overlay: bool
+    ) -> AttendPlan:
+        """Return a plan of this shape; tables are padded so that growing rarely needs a new one.
+
+        Layers with and without the exact window read different ranges of one step.
+        """
         room = 1 << max(3, (blocks - 1).bit_length())
-        key = (batch, tokens, room, chunk)
+        key = (batch, tokens, room, chunk, int(overlay))
         plan = self._plans.pop(key, None)
         if plan is None:
             plan = AttendPlan(self, batch, tokens, room, chunk)

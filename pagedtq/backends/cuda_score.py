@@ -69,7 +69,7 @@ def score(
     window: tuple[Array, Array] | None,
 ) -> Scores:
     """Score as `CudaBackend.score` does; arguments are checked, the plan is up to date."""
-    device, store = backend.device, backend.layer(layer).window
+    store = backend.layer(layer).window
     places = score_places(table, reads, backend.config.page_size, window is not None)
     _, block_starts = score_starts(table, reads, backend.config.page_size)
     if window is not None:
@@ -77,10 +77,7 @@ def score(
         block_starts = block_starts + np.bincount(
             places.owners, places.sinks, len(reads.kv_lens)
         ).astype(np.int64).reshape(-1, 1)
-    padded = np.zeros((plan.batch, plan.max_blocks), np.int64)
-    padded[:, : block_starts.shape[1]] = block_starts
-    starts = device.upload(places.indptr), device.upload(padded)
-    values = plan.score(layer, queries, starts, int(places.indptr[-1]))
+    values = plan.score(layer, queries, places.indptr, block_starts)
     if window is not None and store is not None:
         array, kind = backend.operands.queries(queries)
         wide = array.astype(np.float32)
