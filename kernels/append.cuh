@@ -15,6 +15,10 @@ constexpr bool kScratch = kOdd > 1 || kDense<KeyForm> || kDense<ValueForm> ||
                           KeyForm::qjl == QJL_GAUSSIAN;
 constexpr int kScratchFloats = kScratch ? kVectorsPerBlock * HEAD_DIM : 1;
 
+// Wider codes need more registers than six blocks leave.
+constexpr int kAppendBlocks =
+    (KeyForm::bits > 4 || ValueForm::bits > 4) && kBlocks > 4 ? 4 : kBlocks;
+
 // The vector a lane group works on: tokens of a pair are neighbours, heads come next.
 struct Item {
     int token, head, lane;
@@ -49,14 +53,19 @@ DEVICE void append(const u8* row, bool aligned, const Tables& tables, const Targ
     for (int j = 0; j < kSpan; ++j) {
         const int chunk = lane + kLanes * j;
         const bool here = to.active && chunk < kChunks;
-        if (here) {
-            read_chunk<from>(row, chunk, HEAD_DIM, aligned, x[j]);
-        }
+        // Read apart from `x`: otherwise some specialisations keep a copy of it in local memory.
+        float given[8];
+        if (here) read_chunk<from>(row, chunk, HEAD_DIM, aligned, given);
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
-            if (!here) x[j][e] = 0.0f;
-            if constexpr (from != KV_DTYPE) x[j][e] = round_to<KV_DTYPE>(x[j][e]);
-            if constexpr (Form::exact != 0) x[j][e] = round_to<Form::exact>(x[j][e]);
+            float one = here ? given[e] : 0.0f;
+            if constexpr (from != KV_DTYPE) one = round_to<KV_DTYPE>(one);
+            // Rounding to f16 saturates; scratch pages of a chunk may hold larger magnitudes.
+            if constexpr (Form::exact == F16 && KV_DTYPE != F16) {
+                one = fminf(fmaxf(one, -65504.0f), 65504.0f);
+            }
+            if constexpr (Form::exact != 0) one = round_to<Form::exact>(one);
+            x[j][e] = one;
         }
     }
     if constexpr (Form::exact != 0) {

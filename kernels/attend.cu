@@ -9,8 +9,16 @@
 // host twin pagedtq/backends/host_attend.py (PageAttention.attend), normalised per part as there
 //
 // Specialised by HEAD_DIM, KEY_FORMAT, VALUE_FORMAT (streams.cuh), KEY_PROD, COLUMN_TILES (8 query
-// rows each), SOFT_CAP and TILE_TOKENS (16, 32 or 64, at most the page size). Page size, strides,
-// group and number of pages are run-time values.
+// rows each), SOFT_CAP, TILE_TOKENS (16, 32 or 64, at most the page size) and KEY_INT8. Page size,
+// strides, group and number of pages are run-time values.
+//
+// KEY_INT8 multiplies keys of width 2, 3 or 4 as unsigned bytes (mma.m16n8k32, exact integer sums):
+// table values are half-integers j + 1/2, so a code decodes to the byte 128 + j or 127 - j with one
+// permutation for four codes instead of four. A query row becomes integers of 15 bits, each in two
+// signed bytes with a product of its own: as many matrix instructions as with halves, and an error
+// of at most 6e-5 of the row's largest element, below that of halves. On sm_90, head dim 128, per
+// element (instructions / integer pipe): k3v3 2.36 / 1.67 becomes 2.07 / 1.30, k2v2 2.71 / 1.42
+// becomes 2.10 / 1.07. Values stay halves: their sums must follow a running reference.
 //
 // Numbers. A query row is f16 times a power of two; scores are log2 of weights. With r the running
 // reference of a row, weights 2^(s - r) are at most 2^(14 - e), where 2^e bounds the value norms
@@ -24,7 +32,7 @@
 // Blocks that share a multiprocessor: three where 168 registers do without spilling, which depends
 // on how the compiler schedules for an architecture.
 #if COLUMN_TILES > 1 || KEY_PROD || SOFT_CAP || HEAD_DIM > 128 || KEY_FORMAT > 8 || \
-    VALUE_FORMAT > 8
+    VALUE_FORMAT > 8 || CUDA_CORES
 #define BLOCKS 2
 #elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ / 100 == 10)
 #define BLOCKS 2
@@ -160,6 +168,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
     __shared__ Reach reach;
     __shared__ float references[WARPS][COLUMNS], masses[WARPS][COLUMNS];
     __shared__ float merged[COLUMNS * PADDED_DIM];
+    __shared__ float shifts[COLUMNS];
 
     const int index = blockIdx.x, head = blockIdx.y, thread = threadIdx.x;
     const int sequence = unit_sequences[index];
@@ -197,7 +206,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
                        block_table + static_cast<i64>(sequence) * shape.table_stride,
                        reach, last, floor, warp, g, t};
     Queries queries;
-    load_queries(queries, query_rows, query_scales, sketches, row_index, g, t);
+    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, shifts, g, t);
 #if SOFT_CAP
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {
@@ -208,7 +217,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
         }
     }
 #endif
-    const StreamTable key_table = {shape.key_table, key_entries};
+    const StreamTable key_table = key_table_of(shape, key_entries);
     const StreamTable value_table = {shape.value_table, value_entries};
     State state;
     clear(state);

@@ -80,16 +80,27 @@ DEVICE bool vote_all(bool x, u32 members = FULL_WARP) { return __all_sync(member
 
 // ---- matrices (all lanes of a warp together) ---------------------------------------------------
 
-// d[16 x 8] += a[16 x 16] b[16 x 8]: f16 in, f32 sums.
+// d[16 x 8] += a[16 x 16] b[16 x 8]: f16 in, f32 sums. sm_75 has the instruction for half the depth.
 DEVICE void mma_f16(float* d, const u32* a, u32 b0, u32 b1) {
+#if __CUDA_ARCH__ < 800
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(half ? b1 : b0));
+    }
+#else
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
         "{%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
 }
 
-// d[16 x 8] += a[16 x 32] b[32 x 8]: u8 times s8, s32 sums.
+// d[16 x 8] += a[16 x 32] b[32 x 8]: u8 times s8, s32 sums. sm_80 and newer.
 DEVICE void mma_u8s8(int* d, const u32* a, u32 b0, u32 b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -187,6 +198,12 @@ DEVICE float set_ge(float a, float b) {
     asm("set.ge.f32.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
     return r;
 }
+// To the nearest integer, ties to even; |x| below 2^31.
+DEVICE int round_to_int(float x) {
+    int r;
+    asm("cvt.rni.s32.f32 %0, %1;" : "=r"(r) : "f"(x));
+    return r;
+}
 DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 
@@ -205,9 +222,13 @@ DEVICE u16 f32_to_f16(float f) {
 }
 // Two halves in a word, `lo` in the low bits.
 DEVICE u32 h2_from(float lo, float hi) {
+#if __CUDA_ARCH__ < 800
+    return f32_to_f16(lo) | static_cast<u32>(f32_to_f16(hi)) << 16;
+#else
     u32 r;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
     return r;
+#endif
 }
 DEVICE u32 h2_mul(u32 a, u32 b) {
     u32 r;

@@ -107,6 +107,39 @@ DEVICE void decode_fields2(u32 word, const Table& table, u32* pairs) {
 #define KEY2_ELEMENT(n) (8 * ((n) & 1) + ((n) >> 1))
 #define VALUE2_ELEMENT(n) (4 * ((n) & 1) + ((n) >> 1))
 
+// ---- bytes instead of halves: left operands of mma.m16n8k32 -------------------------------------
+
+// Tables of widths 2 to 4 are half-integers j + 1/2, j <= 127, in a unit of their own. A code becomes
+// the byte 128 + j, or its complement 127 - j where the sign is negative: the value is
+// byte - 127.5 units. One permutation then decodes four codes, from the words `low` of a table that
+// holds those bytes (width 4: of the magnitudes alone). A quad is four elements of one token.
+
+DEVICE void decode_byte_fields(u32 word, u32 sign_mask, u32 signs, const Table& table, u32* quads) {
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+        u32 index = (word >> 2 * odd) & 0x33333333u;
+        index = lop3<0xF8>(index, signs << (2 - odd), sign_mask);
+        quads[2 * odd] = prmt(table.low[0], table.low[1], index);
+        quads[2 * odd + 1] = prmt(table.low[0], table.low[1], index >> 16);
+    }
+}
+
+// Widths 2 and 3: element i of quad n.
+#define QUAD_ELEMENT(n, i) (((n) >> 1) + 8 * ((n) & 1) + 2 * (i))
+DEVICE void decode_key_bytes2(u32 word, const Table& table, u32* quads) {
+    decode_byte_fields(word, 0, 0, table, quads);
+}
+DEVICE void decode_key_bytes3(u32 word, u32 signs, const Table& table, u32* quads) {
+    decode_byte_fields(word, 0x44444444u, signs, table, quads);
+}
+
+// Width 4: quads of elements 0 to 3 and 4 to 7; moved signs become masks in sign-replicate mode.
+DEVICE void decode_key_bytes4(u32 word, const Table& table, u32* quads) {
+    const u32 index = word & 0x77777777u;
+    quads[0] = prmt(table.low[0], table.low[1], index) ^ prmt(word, word, 0xBA98u);
+    quads[1] = prmt(table.low[0], table.low[1], index >> 16) ^ prmt(word << 4, word, 0xBA98u);
+}
+
 // ---- any width, element by element -------------------------------------------------------------
 
 // Code of one element of a row whose bytes lie `step` apart (2 in interleaved planes), by the

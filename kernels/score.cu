@@ -23,7 +23,7 @@ DEVICE int count_readable(const Reach& reach, int from, int to) {
 // [batch, num_q_heads] is q . mean.
 // sequence_starts i64[batch + 1] and block_starts i64[batch, table_stride] index a row of scores
 // f32[num_q_heads, sequence_starts[batch]]; block_starts counts from the sequence's start.
-extern "C" __global__ void __launch_bounds__(32 * WARPS)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 4)
     score(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ block_table,
           const i64* __restrict__ reads, const u16* __restrict__ query_rows,
           const float* __restrict__ query_scales, const u16* __restrict__ sketches,
@@ -32,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
           const int* __restrict__ splits, const i64* __restrict__ sequence_starts,
           const i64* __restrict__ block_starts, float* __restrict__ scores) {
     __shared__ int row_index[COLUMNS];
+    __shared__ float shifts[COLUMNS];
     __shared__ Reach reach;
     const int index = blockIdx.x, head = blockIdx.y, thread = threadIdx.x;
     const int sequence = unit_sequences[index];
@@ -56,8 +57,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
     sync_block();
 
     Queries queries;
-    load_queries(queries, query_rows, query_scales, sketches, row_index, g, t);
-    const StreamTable table = {shape.key_table, key_entries};
+    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, shifts, g, t);
+    const StreamTable table = key_table_of(shape, key_entries);
     const i64 total = sequence_starts[shape.batch];
     const i64 sequence_start = sequence_starts[sequence];
     const i64 table_row = static_cast<i64>(sequence) * shape.table_stride;

@@ -10,7 +10,7 @@
 
 #include "append.cuh"
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, kAppendBlocks)
     seal(const u8* ring, const i64* ring_rows, int window_rows, const i64* slot_mapping,
          int num_tokens, int num_heads, u8* pool, i64 page_stride, i64 head_stride, int page_size,
          const float* key_book, const void* key_rotation, const float* key_mean,

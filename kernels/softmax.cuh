@@ -111,8 +111,8 @@ DEVICE void weigh_tile(State& state, const Queries& queries, const Scores<subtil
                                 state.reference[j][k & 1]);
                 state.mass[j][k & 1] += weight[k];
             }
-            weights[s][j][0] = movmatrix_trans(h2_from(weight[0], weight[1]));
-            weights[s][j][1] = movmatrix_trans(h2_from(weight[2], weight[3]));
+            weights[s][j][0] = transpose_pairs(h2_from(weight[0], weight[1]));
+            weights[s][j][1] = transpose_pairs(h2_from(weight[2], weight[3]));
         }
     }
 }
@@ -149,8 +149,8 @@ DEVICE void add_values(State& state, const ValueTile<subtiles>& values,
                 }
 #pragma unroll
                 for (int j = 0; j < COLUMN_TILES; ++j) {
-                    mma_f16(state.sums[j][(step * ValueRow::kPairs + n) / 2], left,
-                            weights[s][j][0], weights[s][j][1]);
+                    multiply_f16(state.sums[j][(step * ValueRow::kPairs + n) / 2], left,
+                                 weights[s][j][0], weights[s][j][1]);
                 }
             }
         }

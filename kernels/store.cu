@@ -10,7 +10,7 @@
 
 #include "append.cuh"
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+extern "C" __global__ void __launch_bounds__(kThreads, kAppendBlocks)
     store(const u8* keys, const u8* values, i64 key_stride, i64 value_stride,
           const i64* slot_mapping, int num_tokens, int num_heads, u8* pool, i64 page_stride,
           i64 head_stride, int page_size, const float* key_book, const void* key_rotation,

@@ -50,10 +50,17 @@ DEVICE constexpr int load_bytes(int bytes, int lanes) {
                                       : 0;
 }
 
+// Whether `lanes` lanes can share a row. Sign words (width 3) follow the code words only where a
+// lane has one run of them, or runs of 16 bytes.
+DEVICE constexpr bool divides(int format, int bytes, int lanes) {
+    const int load = load_bytes(bytes, lanes);
+    return load != 0 && (format != 3 || load == 16 || bytes == load * lanes);
+}
+
 DEVICE constexpr bool is_tuned(int format, int head_dim) {
     return head_dim % 16 == 0 && ((format >= 2 && format <= 4) || format == FORMAT_F16) &&
-           load_bytes(row_bytes(format, head_dim), 4) != 0 &&
-           load_bytes(2 * row_bytes(format, head_dim), 8) != 0;
+           divides(format, row_bytes(format, head_dim), 4) &&
+           divides(format, 2 * row_bytes(format, head_dim), 8);
 }
 
 DEVICE constexpr int padded_dim(int head_dim) { return (head_dim + 15) / 16 * 16; }
@@ -180,6 +187,25 @@ struct Keys {
         } else {
             decode_fields2(words.words[step], table.words, pairs);
         }
+    }
+
+    // The same codes as bytes (fragments.cuh), four elements a word.
+    static constexpr int kQuads = format == 4 ? 2 : 4;
+    DEVICE void decode_bytes(int step, const StreamTable& table, u32* quads) const {
+        if constexpr (format == 4) {
+            decode_key_bytes4(words.words[step], table.words, quads);
+        } else if constexpr (format == 3) {
+            decode_key_bytes3(words.words[step], words.sign_of(step), table.words, quads);
+        } else {
+            decode_key_bytes2(words.words[step], table.words, quads);
+        }
+    }
+
+    // Element of byte i of a lane's quad.
+    DEVICE static int quad_element(int quad, int i, int t) {
+        const int step = quad / kQuads, n = quad % kQuads;
+        const int first = Words::byte_of(step, t) * 8 / plane_bits(format, head_dim);
+        return first + (format == 4 ? 4 * n + i : QUAD_ELEMENT(n, i));
     }
 
     // Element of half 0 or 1 of a lane's pair.

@@ -10,6 +10,7 @@
 
 #pragma once
 
+#include "matrix.cuh"
 #include "streams.cuh"
 
 #define WARPS 4
@@ -31,6 +32,7 @@ struct AttendShape {
     i64 page_stride, head_stride;
     StreamPlanes keys, values;
     Table key_table, value_table;
+    u32 key_bytes[2];  // KEY_INT8: codes as bytes (fragments.cuh)
     u32 qjl_signs, residual_norms;
     int page_shift;    // log2 of the page size
     int table_stride;  // entries of a row of the page table
@@ -39,8 +41,18 @@ struct AttendShape {
     int group;         // query heads of a KV head
     int window_left;   // negative: none
     float soft_cap;    // with SOFT_CAP
+    float key_unit;    // KEY_INT8: the unit of the key table's half-integers
     int has_offsets;   // key means were subtracted: `offsets` holds sm_scale * q . mean
 };
+
+// What keys decode with.
+DEVICE StreamTable key_table_of(const AttendShape& shape, const u16* entries) {
+#if KEY_INT8
+    return {{{0, 0}, {shape.key_bytes[0], shape.key_bytes[1]}}, entries};
+#else
+    return {shape.key_table, entries};
+#endif
+}
 
 // QJL signs of a token: 16-bit units, pairs of bits eight apart.
 struct Sketch {
@@ -132,9 +144,31 @@ DEVICE void cut_runs(Reach& reach, int floor_all, int last_all, int part, int pa
     }
 }
 
-// A lane's fragments of query rows: element pairs in the order of the key stream.
+#if KEY_INT8
+static_assert(KEY_FORMAT >= 2 && KEY_FORMAT <= 4 && is_tuned(KEY_FORMAT, HEAD_DIM) && !KEY_PROD,
+              "KEY_INT8 takes keys of width 2, 3 or 4 whose rows divide among the lanes");
+// Sums of 255 * 2^14 * HEAD_DIM fit in 32 bits.
+static_assert(HEAD_DIM <= 256, "KEY_INT8 takes head dims up to 256");
+// Query rows are at most 2^10, which rounding to halves may reach (rotate_queries.cu). Times this
+// they are integers 128 a + b with a in [-127, 127] and b in [-64, 63].
+#define BYTE_QUERY_SCALE 15.875f
+#endif
+
+// A lane's fragments of query rows: elements in the order of the key stream.
 struct Queries {
+#if KEY_INT8
+    u32 high[COLUMN_TILES][HEAD_DIM / 16], low[COLUMN_TILES][HEAD_DIM / 16];
+    // -127.5 times the sum of a row's integers. Width 2 has no registers left for it.
+#if KEY_FORMAT == 2
+    const float* shift;  // in shared memory
+    DEVICE float shift_of(int j, int c) const { return shift[8 * j + c]; }
+#else
+    float shift[COLUMN_TILES][2];
+    DEVICE float shift_of(int j, int c) const { return shift[j][c]; }
+#endif
+#else
     u32 keys[COLUMN_TILES][PADDED_DIM / 8];
+#endif
 #if KEY_PROD
     u32 sketch[COLUMN_TILES][PADDED_DIM / 8];
 #endif
@@ -235,28 +269,68 @@ struct Scores {
     float at[n][COLUMN_TILES][4];
 };
 
+// Products of 16 tokens' codes with the query rows, norms and scales left out.
+DEVICE void multiply_keys(const KeyRow& upper_row, const KeyRow& lower_row, const Queries& queries,
+                          const StreamTable& table, float (*products)[4]) {
+#if KEY_INT8
+    int high[COLUMN_TILES][4] = {}, low[COLUMN_TILES][4] = {};
+#pragma unroll
+    for (int step = 0; step < KeyRow::kSteps; ++step) {
+        u32 upper[KeyRow::kQuads], lower[KeyRow::kQuads];
+        upper_row.decode_bytes(step, table, upper);
+        lower_row.decode_bytes(step, table, lower);
+#pragma unroll
+        for (int n = 0; n < KeyRow::kQuads; n += 2) {
+            const u32 left[4] = {upper[n], lower[n], upper[n + 1], lower[n + 1]};
+            const int quad = step * KeyRow::kQuads + n;
+#pragma unroll
+            for (int j = 0; j < COLUMN_TILES; ++j) {
+                mma_u8s8(high[j], left, queries.high[j][quad], queries.high[j][quad + 1]);
+                mma_u8s8(low[j], left, queries.low[j][quad], queries.low[j][quad + 1]);
+            }
+        }
+    }
+    // Integer sums are exact; the shift takes 127.5 off every byte.
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            products[j][k] =
+                static_cast<float>(high[j][k] * 128 + low[j][k]) + queries.shift_of(j, k & 1);
+        }
+    }
+#else
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) products[j][k] = 0.0f;
+    }
+#pragma unroll
+    for (int step = 0; step < KeyRow::kSteps; ++step) {
+        u32 upper[KeyRow::kPairs], lower[KeyRow::kPairs];
+        upper_row.decode(step, table, upper);
+        lower_row.decode(step, table, lower);
+#pragma unroll
+        for (int n = 0; n < KeyRow::kPairs; n += 2) {
+            const u32 left[4] = {upper[n], lower[n], upper[n + 1], lower[n + 1]};
+            const int pair = step * KeyRow::kPairs + n;
+#pragma unroll
+            for (int j = 0; j < COLUMN_TILES; ++j) {
+                multiply_f16(products[j], left, queries.keys[j][pair], queries.keys[j][pair + 1]);
+            }
+        }
+    }
+#endif
+}
+
 template <int subtiles>
 DEVICE void score_tile(const KeyTile<subtiles>& keys, const NormTile<subtiles>& norms,
                        const Queries& queries, const StreamTable& table, float soft_cap,
                        Scores<subtiles>& scores) {
 #pragma unroll
     for (int s = 0; s < subtiles; ++s) {
-        float products[COLUMN_TILES][4] = {};
-#pragma unroll
-        for (int step = 0; step < KeyRow::kSteps; ++step) {
-            u32 upper[KeyRow::kPairs], lower[KeyRow::kPairs];
-            keys.rows[s][0].decode(step, table, upper);
-            keys.rows[s][1].decode(step, table, lower);
-#pragma unroll
-            for (int n = 0; n < KeyRow::kPairs; n += 2) {
-                const u32 left[4] = {upper[n], lower[n], upper[n + 1], lower[n + 1]};
-                const int pair = step * KeyRow::kPairs + n;
-#pragma unroll
-                for (int j = 0; j < COLUMN_TILES; ++j) {
-                    mma_f16(products[j], left, queries.keys[j][pair], queries.keys[j][pair + 1]);
-                }
-            }
-        }
+        float products[COLUMN_TILES][4];
+        multiply_keys(keys.rows[s][0], keys.rows[s][1], queries, table, products);
         if constexpr (kKeyNorms) {
             const float upper = f16_to_f32(norms.keys[s][0]), lower = f16_to_f32(norms.keys[s][1]);
 #pragma unroll
@@ -274,7 +348,7 @@ DEVICE void score_tile(const KeyTile<subtiles>& keys, const NormTile<subtiles>& 
                                  lower.pair(n + 1)};
 #pragma unroll
             for (int j = 0; j < COLUMN_TILES; ++j) {
-                mma_f16(residual[j], left, queries.sketch[j][n], queries.sketch[j][n + 1]);
+                multiply_f16(residual[j], left, queries.sketch[j][n], queries.sketch[j][n + 1]);
             }
         }
         const float upper_norm = f16_to_f32(norms.residuals[s][0]);
@@ -310,22 +384,69 @@ DEVICE u32 query_pair(const u16* row, int first, int second) {
     return low | high << 16;
 }
 
-// Fragments and scales of a block's rows, whose indices lie in shared memory.
-DEVICE void load_queries(Queries& queries, const u16* rows, const float* scales,
-                         const u16* sketches, const int* row_index, int g, int t) {
+#if KEY_INT8
+// A row's bytes for quad n, and the sum of their integers.
+DEVICE int query_quad(const u16* row, int n, int t, u32& high, u32& low) {
+    int sum = 0;
+    high = low = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float x = f16_to_f32(row[KeyRow::quad_element(n, i, t)]);
+        const int whole = round_to_int(x * BYTE_QUERY_SCALE), upper = (whole + 64) >> 7;
+        high |= (static_cast<u32>(upper) & 255u) << 8 * i;
+        low |= (static_cast<u32>(whole - upper * 128) & 255u) << 8 * i;
+        sum += whole;
+    }
+    return sum;
+}
+#endif
+
+// Fragments and scales of a block's rows, whose indices lie in shared memory, as do `shifts`
+// (KEY_INT8). All threads of the block call it.
+DEVICE void load_queries(Queries& queries, const AttendShape& shape, const u16* rows,
+                         const float* scales, const u16* sketches, const int* row_index,
+                         float* shifts, int g, int t) {
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {
-        const i64 start = static_cast<i64>(row_index[8 * j + g]) * HEAD_DIM;
-#pragma unroll
-        for (int n = 0; n < PADDED_DIM / 8; ++n) {
-            queries.keys[j][n] =
-                query_pair(rows + start, KeyRow::element(n, 0, t), KeyRow::element(n, 1, t));
-#if KEY_PROD
-            queries.sketch[j][n] =
-                query_pair(sketches + start, Sketch::element(n, 0, t), Sketch::element(n, 1, t));
-#endif
-        }
+        const u16* row = rows + static_cast<i64>(row_index[8 * j + g]) * HEAD_DIM;
 #pragma unroll
         for (int c = 0; c < 2; ++c) queries.scale[j][c] = scales[row_index[8 * j + 2 * t + c]];
+#if KEY_INT8
+        int sum = 0;
+#pragma unroll
+        for (int n = 0; n < HEAD_DIM / 16; ++n) {
+            sum += query_quad(row, n, t, queries.high[j][n], queries.low[j][n]);
+        }
+        // Lanes 4 g to 4 g + 3 share row g, which is column g of the products.
+        sum += shfl_xor(sum, 1);
+        sum += shfl_xor(sum, 2);
+#if KEY_FORMAT == 2
+        if (threadIdx.x < WARP_SIZE && t == 0) shifts[8 * j + g] = -127.5f * static_cast<float>(sum);
+#endif
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+#if KEY_FORMAT != 2
+            queries.shift[j][c] = -127.5f * static_cast<float>(shfl_idx(sum, 4 * (2 * t + c)));
+#endif
+            queries.scale[j][c] *= shape.key_unit * (1.0f / BYTE_QUERY_SCALE);
+        }
+#else
+#pragma unroll
+        for (int n = 0; n < PADDED_DIM / 8; ++n) {
+            queries.keys[j][n] = query_pair(row, KeyRow::element(n, 0, t), KeyRow::element(n, 1, t));
+        }
+#endif
+#if KEY_PROD
+        const u16* sketch = sketches + static_cast<i64>(row_index[8 * j + g]) * HEAD_DIM;
+#pragma unroll
+        for (int n = 0; n < PADDED_DIM / 8; ++n) {
+            queries.sketch[j][n] =
+                query_pair(sketch, Sketch::element(n, 0, t), Sketch::element(n, 1, t));
+        }
+#endif
     }
+#if KEY_INT8 && KEY_FORMAT == 2
+    queries.shift = shifts + 2 * t;
+    sync_block();
+#endif
 }

@@ -17,11 +17,15 @@ from ..config import Codec, Exact, TurboQuant
 from ..errors import UnsupportedError
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
+from .score_places import block_counts
 
 Array = npt.NDArray[Any]
 
 #: Numbers of the exact formats in ``kernels/streams.cuh``; coded ones are their width.
 EXACT_FORMATS = {"f16": 16, "bf16": 17, "f32": 32}
+
+#: Largest head dim whose partial outputs, of 16 query rows, fit a block's static shared memory.
+MAX_HEAD_DIM = 512
 
 _PLANES = np.dtype([("codes", "<u4"), ("signs", "<u4"), ("norms", "<u4")])
 _TABLE = np.dtype([("high", "<u4", 2), ("low", "<u4", 2)])
@@ -35,6 +39,7 @@ ATTEND_SHAPE = np.dtype(
         ("values", _PLANES),
         ("key_table", _TABLE),
         ("value_table", _TABLE),
+        ("key_bytes", "<u4", 2),
         ("qjl_signs", "<u4"),
         ("residual_norms", "<u4"),
         ("page_shift", "<i4"),
@@ -44,8 +49,10 @@ ATTEND_SHAPE = np.dtype(
         ("group", "<i4"),
         ("window_left", "<i4"),
         ("soft_cap", "<f4"),
+        ("key_unit", "<f4"),
         ("has_offsets", "<i4"),
-    ]
+    ],
+    align=True,
 )
 
 
@@ -66,6 +73,10 @@ class AttendKernel(NamedTuple):
         Logits are capped.
     tile_tokens : int
         Tokens of one step of a warp; at most the page size.
+    int8_keys : bool
+        Keys are multiplied as bytes, with query rows in two 8-bit terms, instead of as halves.
+    cuda_cores : bool
+        Products without matrix instructions.
     """
 
     head_dim: int
@@ -75,6 +86,8 @@ class AttendKernel(NamedTuple):
     column_tiles: int
     soft_cap: bool
     tile_tokens: int
+    int8_keys: bool
+    cuda_cores: bool = False
 
     @property
     def columns(self) -> int:
@@ -91,10 +104,19 @@ class AttendKernel(NamedTuple):
             "COLUMN_TILES": self.column_tiles,
             "SOFT_CAP": int(self.soft_cap),
             "TILE_TOKENS": self.tile_tokens,
+            "KEY_INT8": int(self.int8_keys),
+            "CUDA_CORES": int(self.cuda_cores),
         }
 
 
-def attend_kernel(layout: PageLayout, layer: int, rows: int, soft_cap: bool) -> AttendKernel:
+def attend_kernel(
+    layout: PageLayout,
+    layer: int,
+    rows: int,
+    soft_cap: bool,
+    int8_keys: bool | None = None,
+    arch: int = 80,
+) -> AttendKernel:
     """Choose the specialisation for a layer.
 
     Parameters
@@ -107,28 +129,74 @@ def attend_kernel(layout: PageLayout, layer: int, rows: int, soft_cap: bool) -> 
         Most query rows of a KV head in one sequence: query tokens times group.
     soft_cap : bool
         Whether logits are capped.
+    int8_keys : bool, optional
+        Multiply keys as bytes; by default where `prefers_int8`, from sm_80 on.
+    arch : int
+        The device's compute capability without the dot, or what it can run: 80 and more have all
+        matrix instructions, 75 those on halves, less none.
+
+    Raises
+    ------
+    UnsupportedError
+        If keys that `takes_int8` refuses are to be multiplied as bytes; for a head dim above
+        `MAX_HEAD_DIM`.
     """
     config = layout.config
-    keys, values = config.layer_codecs(layer)
+    if config.head_dim > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"attention kernels take head dims up to {MAX_HEAD_DIM}, got {config.head_dim}"
+        )
+    keys, values = (stream_format(codec) for codec in config.layer_codecs(layer))
+    prod = is_prod(config.layer_codecs(layer)[0])
     column_tiles = 1 if rows <= 8 else 2
-    tile = tile_tokens(config.head_dim, stream_format(keys), stream_format(values), column_tiles)
+    if int8_keys is None:
+        int8_keys = arch >= 80 and prefers_int8(config.head_dim, keys, prod)
+    elif int8_keys and arch < 80:
+        raise UnsupportedError(f"keys are multiplied as bytes from sm_80 on, got sm_{arch}")
+    elif int8_keys and not takes_int8(config.head_dim, keys, prod):
+        raise UnsupportedError(
+            "keys are multiplied as bytes for the MSE estimator of 2 bits in head dims 64, 128, "
+            "192 and 256, of 3 bits in 64, 128 and 256, of 4 bits in multiples of 32 up to 256; "
+            f"got {config.layer_codecs(layer)[0]} with head_dim {config.head_dim}"
+        )
+    cuda_cores = arch < 75
+    tile = tile_tokens(config.head_dim, keys, values, column_tiles, int8_keys)
     return AttendKernel(
         config.head_dim,
-        stream_format(keys),
-        stream_format(values),
-        is_prod(keys),
+        keys,
+        values,
+        prod,
         column_tiles,
         soft_cap,
-        min(tile, config.page_size),
+        16 if cuda_cores else min(tile, config.page_size),
+        int8_keys,
+        cuda_cores,
     )
 
 
-def tile_tokens(head_dim: int, key_format: int, value_format: int, column_tiles: int) -> int:
+def takes_int8(head_dim: int, key_format: int, prod: bool) -> bool:
+    """Whether keys may be multiplied as bytes: ``KEY_INT8`` of ``kernels/tiles.cuh``."""
+    dims = {2: (64, 128, 192, 256), 3: (64, 128, 256), 4: tuple(range(32, 257, 32))}
+    return not prod and head_dim in dims.get(key_format, ())
+
+
+def prefers_int8(head_dim: int, key_format: int, prod: bool) -> bool:
+    """Whether keys are multiplied as bytes: where halves would load the integer pipe too much."""
+    return key_format < 4 and takes_int8(head_dim, key_format, prod)
+
+
+def tile_tokens(
+    head_dim: int, key_format: int, value_format: int, column_tiles: int, int8_keys: bool = False
+) -> int:
     """Return how many tokens a warp takes at once: as many as registers hold without spilling."""
     if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
         return 32 if head_dim <= 64 and column_tiles == 1 else 16
+    if 3 in (key_format, value_format) and head_dim not in (64, 128, 256):
+        return 16  # decoded element by element
     if head_dim > 128 or column_tiles == 2:
         return 16 if head_dim > 128 and column_tiles == 2 else 32
+    if int8_keys:
+        return 64 if key_format < 4 else 32
     # Decoding values of 2 or 3 bits beside keys of another width takes most temporaries.
     return 32 if head_dim > 64 and value_format < 4 and key_format != 3 else 64
 
@@ -154,6 +222,17 @@ def table_entries(codec: Codec, head_dim: int) -> Array:
         return np.zeros(1, np.uint16)
     table = codebook(head_dim, _coded(codec).code_bits).table
     return table.astype(np.float16).view(np.uint16)
+
+
+def _byte_table(codec: Codec, head_dim: int) -> npt.NDArray[np.uint8]:
+    """Return ``128 + j`` of magnitudes ``j + 1/2``, then (below width 4) their complements."""
+    book = codebook(head_dim, _coded(codec).code_bits)
+    assert book.odd_steps is not None, "tables of widths 2 to 4 are half-integers"
+    positive = (128 + book.odd_steps // 2).astype(np.uint8)
+    table = np.zeros(8, np.uint8)
+    both = np.concatenate([positive, ~positive])[:8]
+    table[: len(both)] = both
+    return table
 
 
 def _coded(codec: Codec) -> TurboQuant:
@@ -210,6 +289,9 @@ def attend_shape(
         entries = np.zeros(8, np.uint16)
         known = table_entries(codec, config.head_dim)[:8]
         entries[: len(known)] = known
+        if stream == "key" and takes_int8(config.head_dim, stream_format(codec), is_prod(codec)):
+            shape["key_bytes"] = _byte_table(codec, config.head_dim).view("<u4")
+            shape["key_unit"] = 2.0 ** -codebook(config.head_dim, _coded(codec).code_bits).exponent
         shape[stream + "_table"]["high"] = (entries >> 8).astype(np.uint8).view("<u4")
         shape[stream + "_table"]["low"] = entries.astype(np.uint8).view("<u4")
     shape["page_stride"] = layout.page_strides[layer]
@@ -247,14 +329,7 @@ def score_starts(table: Array, reads: Reads, page_size: int) -> tuple[Array, Arr
     block_starts : ndarray of int64 ``[batch, max_blocks]``
         From the start of the sequence.
     """
-    begin = np.arange(table.shape[1], dtype=np.int64) * page_size
-    low = np.maximum(begin, reads.first[:, None])
-    high = np.minimum(begin + page_size, reads.stop[:, None])
-    keep, start = reads.keep[:, None], reads.start[:, None]
-    below = np.maximum(np.minimum(high, keep) - low, 0)
-    above = np.maximum(high - np.maximum(low, start), 0)
-    counts = np.where(keep >= start, np.maximum(high - low, 0), below + above)
-    counts = np.where(table != 0, counts, 0)
+    counts = block_counts(table, reads, page_size)
     ends = counts.cumsum(axis=1)
     totals = np.concatenate([[0], counts.sum(axis=1).cumsum()])
     return totals.astype(np.int64), ends - counts

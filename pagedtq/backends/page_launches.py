@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..config import Dtype
+from ..config import Dtype, TurboQuant
+from ..errors import UnsupportedError
 from ..paging.kernel_macros import DTYPE_NUMBERS
 from ..paging.layout import PageLayout
 from .kernel_tables import StreamTables
@@ -21,6 +22,9 @@ BLOCK = 128
 
 #: Head dimensions with an odd factor whose vectors span a power of two of lanes.
 _MIXED_RADIX = (80, 96, 112, 160, 192)
+
+#: Static shared memory of a block.
+SHARED_BYTES = 48 * 1024
 
 # Bytes that one block of a page copy moves at least: more blocks than that gain nothing.
 _PIECE_BYTES = 16 * 1024
@@ -71,6 +75,11 @@ class LayerLaunches:
         Of keys and values, where the kernels can read them; None for an exact stream.
     qjl_factor : float
         Prod: the projection's factor.
+
+    Raises
+    ------
+    UnsupportedError
+        For streams that no kernel reads, and vectors whose sums do not fit shared memory.
     """
 
     def __init__(
@@ -83,6 +92,7 @@ class LayerLaunches:
     ) -> None:
         self.layout, self.layer = layout, layer
         self.macros = layout.kernel_macros(layer)
+        _check_shared(layout, layer)
         nothing = StreamTables(*[None] * len(StreamTables._fields))
         self._keys, self._values = (nothing if t is None else t for t in tables)
         self._qjl_factor = np.float32(qjl_factor)
@@ -200,6 +210,28 @@ class LayerLaunches:
         """Cover both tokens of every pair, all heads, and both streams."""
         vectors = -(-tokens // 2) * 2 * int(self._heads)
         return -(-vectors * lanes_of(self.layout.config.head_dim) // BLOCK), 2
+
+
+def _check_shared(layout: PageLayout, layer: int) -> None:
+    """Refuse vectors that share more memory than a block has: `kScratchFloats` of the kernels."""
+    head_dim = layout.config.head_dim
+    codecs = layout.config.layer_codecs(layer)
+    power_of_two = head_dim & (head_dim - 1) == 0
+    shares = not power_of_two or any(
+        isinstance(codec, TurboQuant)
+        and (
+            codec.rotation == "dense"
+            or (codec.estimator == "prod" and codec.projection == "gaussian")
+        )
+        for codec in codecs
+    )
+    largest = SHARED_BYTES // 4 // (BLOCK // lanes_of(head_dim))
+    if shares and head_dim > largest:
+        raise UnsupportedError(
+            f"the kernels take vectors of at most {largest} elements, or of powers of two with "
+            f"Hadamard rotations and without Gaussian projections; got head_dim {head_dim} with "
+            f"keys {codecs[0]} and values {codecs[1]}"
+        )
 
 
 def copy_pages(pool: Any, spans: Any, src: Any, dst: Any, run_bytes: int) -> Launch:

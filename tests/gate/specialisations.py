@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pagedtq import preset
-from pagedtq.backends.attend_arguments import AttendKernel, tile_tokens
+from collections.abc import Iterator
+
+from pagedtq import CacheConfig, Exact, TurboQuant
+from pagedtq.backends.attend_arguments import AttendKernel, prefers_int8, tile_tokens
 from pagedtq.backends.kernel_source import Specialisation, specialise
 from pagedtq.paging.kernel_macros import DTYPE_NUMBERS
 from pagedtq.paging.layout import PageLayout
@@ -14,14 +16,18 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 F16 = 16
 
 
-def _attend(head_dim, keys, values, *, prod=False, column_tiles=1, soft_cap=False, tile=256):
-    tile = min(tile, tile_tokens(head_dim, keys, values, column_tiles))
-    return AttendKernel(head_dim, keys, values, prod, column_tiles, soft_cap, tile)
+def _attend(
+    head_dim, keys, values, *, prod=False, column_tiles=1, soft_cap=False, tile=256, int8=None
+):
+    int8 = prefers_int8(head_dim, keys, prod) if int8 is None else int8
+    tile = min(tile, tile_tokens(head_dim, keys, values, column_tiles, int8))
+    return AttendKernel(head_dim, keys, values, prod, column_tiles, soft_cap, tile, int8)
 
 
 #: Attention kernels. The budget file counts the loops of these.
 ATTEND = {
     "k4v4-d128": _attend(128, 4, 4),
+    "k4v4-d128-int8": _attend(128, 4, 4, int8=True),
     "k4v4-d128-g16": _attend(128, 4, 4, column_tiles=2),
     "k4v4-d128-page16": _attend(128, 4, 4, tile=16),
     "k4v4-d128-cap": _attend(128, 4, 4, soft_cap=True),
@@ -29,15 +35,63 @@ ATTEND = {
     "k4v4-d96": _attend(96, 4, 4),
     "k4v4-d256": _attend(256, 4, 4),
     "k3v3-d128": _attend(128, 3, 3),
+    "k3v3-d128-f16": _attend(128, 3, 3, int8=False),
+    "k3v3-d128-g16": _attend(128, 3, 3, column_tiles=2),
     "k3v4-d128": _attend(128, 3, 4),
     "k4v3-d128": _attend(128, 4, 3),
     "k3v2-d128": _attend(128, 3, 2),
     "k2v2-d128": _attend(128, 2, 2),
+    "k2v2-d128-f16": _attend(128, 2, 2, int8=False),
+    "k2v2-d128-g16": _attend(128, 2, 2, column_tiles=2),
     "k2v2-d64": _attend(64, 2, 2),
+    "k2v4-d128": _attend(128, 2, 4),
     "prod4v4-d128": _attend(128, 3, 4, prod=True),
     "exact-d128": _attend(128, F16, F16),
     "exact-d64": _attend(64, F16, F16),
 }
+
+_CODECS = {
+    "k4v4": (TurboQuant(bits=4), TurboQuant(bits=4)),
+    "k3v3": (TurboQuant(bits=3), TurboQuant(bits=3)),
+    "k2v2": (TurboQuant(bits=2), TurboQuant(bits=2)),
+    "k8v8": (TurboQuant(bits=8), TurboQuant(bits=8)),
+    "prod4v4": (TurboQuant(bits=4, estimator="prod"), TurboQuant(bits=4)),
+    "orthogonal4v4": (
+        TurboQuant(bits=4, estimator="prod", projection="orthogonal"),
+        TurboQuant(bits=4),
+    ),
+    "dense4v4": (TurboQuant(bits=4, rotation="dense"), TurboQuant(bits=4, rotation="dense")),
+    "exact": (Exact(dtype="f16"), Exact(dtype="f16")),
+}
+
+#: Kernels of a page's bytes and of a step, by name: file, codecs, head dim.
+_OTHERS = {
+    **{f"store-{name}-d128": ("store", name, 128) for name in _CODECS},
+    "store-k4v4-d64": ("store", "k4v4", 64),
+    "store-k4v4-d96": ("store", "k4v4", 96),
+    "store-k4v4-d256": ("store", "k4v4", 256),
+    "seal-k4v4-d128": ("seal", "k4v4", 128),
+    "seal-prod4v4-d128": ("seal", "prod4v4", 128),
+    **{
+        f"load-{name}-d128": ("load", name, 128)
+        for name in ("k4v4", "k3v3", "prod4v4", "dense4v4", "exact")
+    },
+    "store_window-d128": ("store_window", "k4v4", 128),
+    "write_bounds-k4v4-d128": ("write_bounds", "k4v4", 128),
+    **{
+        f"rotate_queries-{name}-d128": ("rotate_queries", name, 128)
+        for name in ("k4v4", "prod4v4", "exact")
+    },
+    "merge-k4v4-d128": ("merge", "k4v4", 128),
+    "merge-dense4v4-d128": ("merge", "dense4v4", 128),
+    "attend_window-d128": ("attend_window", "k4v4", 128),
+}
+
+#: Kernels that the attention macros specialise.
+_SCORES = ("k4v4-d128", "k3v3-d128", "prod4v4-d128")
+
+#: Kernels without specialisations.
+_PLAIN = ("plan_splits", "page_stats", "copy_pages", "gather_slabs", "scatter_slabs", "clear_norms")
 
 
 def specialisation(kernel: AttendKernel) -> Specialisation:
@@ -45,8 +99,30 @@ def specialisation(kernel: AttendKernel) -> Specialisation:
     return specialise("attend.cu", kernel.macros())
 
 
+def other_kernels() -> dict[str, Specialisation]:
+    """What to compile for all other kernels; the budget file limits their registers."""
+    kernels = {name: _page_kernel(*what) for name, what in _OTHERS.items()}
+    kernels |= {f"score-{name}": specialise("score.cu", ATTEND[name].macros()) for name in _SCORES}
+    return kernels | {name: specialise(name + ".cu", {}) for name in _PLAIN}
+
+
+def _page_kernel(
+    file: str, codecs: str | tuple, head_dim: int, kind: str = "bf16"
+) -> Specialisation:
+    keys, values = _CODECS[codecs] if isinstance(codecs, str) else codecs
+    config = CacheConfig(
+        num_layers=1, num_kv_heads=8, head_dim=head_dim, num_pages=2, keys=keys, values=values,
+        window=0, key_bounds=not isinstance(keys, Exact),
+    )  # fmt: skip
+    kinds = dict.fromkeys(("INPUT_DTYPE", "OUTPUT_DTYPE"), DTYPE_NUMBERS[kind])
+    return specialise(file + ".cu", {**PageLayout(config).kernel_macros(0), **kinds})
+
+
 def matrix_instructions(kernel: AttendKernel) -> int:
-    """Matrix instructions of one pass of the hot loop: both products of every 16 tokens."""
+    """Matrix instructions of one pass of the hot loop: both products of every 16 tokens.
+
+    Keys as bytes take as many as halves: half per term of the query, which has two.
+    """
     per = kernel.head_dim // 16 * (3 if kernel.prod else 2)
     return kernel.tile_tokens // 16 * kernel.column_tiles * per
 
@@ -56,12 +132,50 @@ def elements(kernel: AttendKernel) -> int:
     return kernel.tile_tokens * kernel.head_dim * 2 // 32
 
 
-def step_kernels() -> dict[str, Specialisation]:
-    """The other kernels of a step, for Prod keys: the form that uses all of their code."""
-    config = preset("prod4v4", num_layers=1, num_kv_heads=8, head_dim=128, num_pages=2)
-    layer = {**PageLayout(config).kernel_macros(0), "INPUT_DTYPE": DTYPE_NUMBERS["bf16"]}
-    files = ("rotate_queries.cu", "merge.cu", "attend_window.cu")
-    kernels = {file: specialise(file, layer) for file in files}
-    kernels["plan_splits.cu"] = specialise("plan_splits.cu", {})
-    kernels["score.cu"] = specialise("score.cu", ATTEND["prod4v4-d128"].macros())
-    return kernels
+def remaining_attend() -> Iterator[AttendKernel]:
+    """Every tuned attention kernel that the list above leaves out."""
+    listed = set(ATTEND.values())
+    widths = (2, 3, 4, F16)
+    for head_dim in (64, 128, 256):
+        for keys in widths:
+            for values in widths:
+                for column_tiles in (1, 2):
+                    for soft_cap in (False, True):
+                        kernel = _attend(
+                            head_dim, keys, values, column_tiles=column_tiles, soft_cap=soft_cap
+                        )
+                        if kernel not in listed:
+                            yield kernel
+    for head_dim in (64, 128, 256):
+        yield _attend(head_dim, 3, 4, prod=True, column_tiles=2)
+        yield _attend(head_dim, 2, 3, prod=True)
+
+
+def untuned_attend() -> Iterator[AttendKernel]:
+    """Attention kernels that decode element by element: right, without a claim to speed."""
+    for head_dim in (20, 64, 80, 112, 128, 192):
+        yield _attend(head_dim, 8, 8, tile=16)
+        yield _attend(head_dim, 1, 5, tile=16)
+        yield _attend(head_dim, 17, 32, tile=16)
+        yield _attend(head_dim, 3, 3, tile=16)
+
+
+def remaining_pages() -> Iterator[Specialisation]:
+    """Kernels of a page's bytes for other widths, dims and types of input."""
+    for head_dim in (64, 80, 96, 112, 128, 160, 192, 256):
+        for name in _CODECS:
+            for file in ("store", "load", "seal"):
+                yield _page_kernel(file, name, head_dim, "f32" if file == "load" else "f16")
+    for bits in (1, 5, 6, 7):
+        for scale in ("norm_corrected", "unbiased", "none"):
+            codec = TurboQuant(bits=bits, scale=scale)
+            yield _page_kernel("store", (codec, codec), 128, "f32")
+            yield _page_kernel("load", (codec, codec), 128, "f32")
+
+
+def before_sm80() -> Iterator[AttendKernel]:
+    """Attention kernels for sm_75: its matrix instructions, and none."""
+    yield _attend(128, 4, 4)
+    yield _attend(128, 3, 3, int8=False)
+    yield _attend(128, F16, F16)
+    yield _attend(128, 4, 4, tile=16)._replace(cuda_cores=True)

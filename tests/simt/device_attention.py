@@ -55,6 +55,8 @@ class DeviceAttention:
         *,
         soft_cap=None,
         window_left=None,
+        int8_keys=None,
+        arch=80,
         seed=0,
     ):
         """Return per-unit states ``out [units, heads, columns, dim]``, ``lse`` and the plan."""
@@ -64,7 +66,9 @@ class DeviceAttention:
         tokens = check_queries(queries, reads, q_lens, heads, dim, window_left)
         prepared = prepare_queries(tokens, self.host.codecs[0], self.host.mean, 1.0)
         group = tokens.values.shape[2]
-        kernel = attend_kernel(layout, self.layer, int(q_lens.max()) * group, soft_cap is not None)
+        kernel = attend_kernel(
+            layout, self.layer, int(q_lens.max()) * group, soft_cap is not None, int8_keys, arch
+        )
         rows, scales, power = f16_rows(prepared.keys.reshape(-1, dim), sm_scale)
         sketches = None
         if prepared.qjl is not None:

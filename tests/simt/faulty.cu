@@ -67,3 +67,37 @@ extern "C" __global__ void copy_async(const uint4* x, uint4* y, int wait) {
     sync_warp();
     y[threadIdx.x] = row[threadIdx.x];
 }
+
+extern "C" __global__ void wait_for_lane(volatile int* flag) {
+    if (threadIdx.x == 0) {
+        while (*flag == 0) {
+        }
+    } else {
+        *flag = 1;
+    }
+}
+
+extern "C" __global__ void write_outside_static(int* y, int index) {
+    __shared__ int row[8];
+    row[index] = 1;
+    y[0] = row[7];
+}
+
+// Within a warp: the neighbour's element is read without a barrier between.
+extern "C" __global__ void shift(const int* x, int* y, int wait) {
+    DYNAMIC_SHARED(int, row);
+    const int lane = threadIdx.x;
+    row[lane] = x[lane];
+    if (wait) sync_warp();
+    y[lane] = row[(lane + 1) % 32];
+}
+
+// Every block adds to what the one before it wrote: an order that no device promises.
+extern "C" __global__ void follow_blocks(int* y) {
+    if (threadIdx.x == 0) y[blockIdx.x] = blockIdx.x == 0 ? 1 : y[blockIdx.x - 1] + 1;
+}
+
+extern "C" __global__ void uneven_barriers() {
+    for (u32 i = 0; i < 1 + threadIdx.x / 32; ++i) sync_block();
+    sync_warp(threadIdx.x < 32 ? 0xffffu : FULL_WARP);
+}

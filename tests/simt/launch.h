@@ -2,16 +2,26 @@
 
 #pragma once
 
+#include <sys/time.h>
+
 #include "fibers.h"
+
+// Processor seconds after which a launch counts as endless: a thread that spins until another one
+// writes never lets that one run.
+#ifndef SIMT_SECONDS
+#define SIMT_SECONDS 300
+#endif
 
 namespace simt {
 
 inline void on_fault(int number, siginfo_t* info, void*) {
     if (number == SIGSEGV || number == SIGBUS) fail("fault at address %p", info->si_addr);
+    if (number == SIGVTALRM) fail("no end after %d s: a thread waits in a loop", SIMT_SECONDS);
     fail("undefined behaviour (signal %d): misaligned access, shift or index out of range", number);
 }
 
-constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP};
+constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGVTALRM};
+constexpr int kNumSignals = sizeof(kSignals) / sizeof(int);
 
 // Catches faults while a kernel runs; fibers may have overflowed their stack, hence its own.
 class FaultHandler {
@@ -25,16 +35,23 @@ public:
         struct sigaction action = {};
         action.sa_sigaction = on_fault;
         action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-        for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &action, &old_[i]);
+        for (int i = 0; i < kNumSignals; ++i) sigaction(kSignals[i], &action, &old_[i]);
+        set_timer(SIMT_SECONDS);
     }
     ~FaultHandler() {
-        for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &old_[i], nullptr);
+        set_timer(0);
+        for (int i = 0; i < kNumSignals; ++i) sigaction(kSignals[i], &old_[i], nullptr);
         sigaltstack(&old_stack_, nullptr);
     }
 
 private:
+    static void set_timer(int seconds) {
+        const itimerval time = {{0, 0}, {seconds, 0}};
+        setitimer(ITIMER_VIRTUAL, &time, nullptr);
+    }
+
     stack_t old_stack_ = {};
-    struct sigaction old_[4] = {};
+    struct sigaction old_[kNumSignals] = {};
 };
 
 inline void run_grid(size_t shared_bytes) {

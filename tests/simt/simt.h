@@ -348,6 +348,7 @@ inline float mul_rn(float a, float b) { return a * b; }
 inline float div_rn(float a, float b) { return a / b; }
 inline float sqrt_rn(float a) { return std::sqrt(a); }
 inline float fma_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline int round_to_int(float x) { return static_cast<int>(std::nearbyint(x)); }
 inline float set_ge(float a, float b) { return a >= b ? 1.0f : 0.0f; }
 inline double add_rn(double a, double b) { return a + b; }
 inline double mul_rn(double a, double b) { return a * b; }

@@ -17,8 +17,23 @@ from tests.simt.test_attend import BOUND, HEADS, fill, make_cache
 THREADS = 128
 
 
-def step(cache, queries, ids, q_lens, sm_scale, *, max_units=12, other=None, sinks=None, seed=0):
-    """Run the four kernels as a CUDA backend would, and return ``out, lse``."""
+def step(
+    cache,
+    queries,
+    ids,
+    q_lens,
+    sm_scale,
+    *,
+    max_units=12,
+    other=None,
+    sinks=None,
+    overlay=False,
+    seed=0,
+):
+    """Run the kernels as a CUDA backend would, and return ``out, lse``.
+
+    ``overlay``: sinks and ring are read from the exact window and make up ``other``.
+    """
     config, backend, layout = cache.config, cache.backend, cache.backend.layout
     dim, heads = config.head_dim, config.num_kv_heads
     tokens, num_q_heads = queries.shape[:2]
@@ -26,12 +41,14 @@ def step(cache, queries, ids, q_lens, sm_scale, *, max_units=12, other=None, sin
     keys, values = (None if c is None else stream_tables(c) for c in backend.layers[0].codecs)
     projection = None if keys is None else backend.layers[0].codecs[0].projection
     table = cache.tables.block_table(ids)
-    reads = np.stack(list(cache.tables.reads(ids, False)))
+    reads = np.stack(list(cache.tables.reads(ids, overlay)))
     starts = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
     kernel = attend_kernel(layout, 0, max(q_lens) * group, False)
     macros = {**layout.kernel_macros(0), "INPUT_DTYPE": DTYPE_NUMBERS["f32"]}
     num_rows = tokens * num_q_heads
     grid = -(-num_rows * lanes_of(dim) // THREADS)
+    if overlay:
+        other = attend_overlay(cache, queries, ids, reads, starts, macros, sm_scale, seed)
 
     units = np.full(max_units, 99, np.int32)
     first, splits = np.full((2, len(ids)), 99, np.int32)
@@ -73,6 +90,21 @@ def step(cache, queries, ids, q_lens, sm_scale, *, max_units=12, other=None, sin
         seed=seed,
     )  # fmt: skip
     return out, lse, (units, first, splits)
+
+
+def attend_overlay(cache, queries, ids, reads, starts, macros, sm_scale, seed):
+    """Run the exact window's kernel: ``out, lse`` over sinks and ring."""
+    window, heads = cache.backend.layers[0].window, cache.config.num_kv_heads
+    out = np.full(queries.shape, np.nan, np.float32)
+    lse = np.full(queries.shape[:2], np.nan, np.float32)
+    compile_kernels("attend_window.cu", macros).launch(
+        "attend_window", -(-lse.size // 4), THREADS, queries, reads, reads[0].copy(), starts,
+        cache.tables.window_slots(ids), cache.tables.sink_records(ids),
+        window.ring, np.int32(window.rows), window.sink, np.int32(window.sinks),
+        *map(np.int32, (len(ids), lse.size, queries.shape[1], heads)),
+        np.float32(sm_scale), np.float32(0), np.int32(-1), out, lse, seed=seed,
+    )  # fmt: skip
+    return out, lse
 
 
 def expected(cache, queries, ids, q_lens, sm_scale):

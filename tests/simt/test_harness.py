@@ -174,6 +174,49 @@ def test_a_barrier_that_some_threads_never_reach_is_found(faulty, seed):
         faulty.launch("half_a_barrier", 1, 64, seed=seed)
 
 
+def test_threads_that_wait_for_each_other_in_a_loop_are_found():
+    kernels = harness.compile_kernels(HERE / "faulty.cu", {"SIMT_SECONDS": 1})
+    with pytest.raises(harness.KernelFault, match="no end after 1 s"):
+        kernels.launch("wait_for_lane", 1, 32, np.zeros(1, np.int32))
+    x, y = np.arange(9, dtype=np.int32), np.zeros(9, np.int32)
+    kernels.launch("reverse", 1, 64, x, y, np.int32(9), shared_bytes=36)
+    assert np.array_equal(y, x[::-1])
+
+
+@pytest.mark.parametrize("index", [8, -1, 1 << 20])
+def test_writing_outside_static_shared_memory_is_found(faulty, index):
+    y = np.zeros(1, np.int32)
+    faulty.launch("write_outside_static", 1, 1, y, np.int32(7))
+    assert y[0] == 1
+    with pytest.raises(harness.KernelFault, match="index out of range"):
+        faulty.launch("write_outside_static", 1, 1, y, np.int32(index))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_lanes_do_not_run_in_step(faulty, seed):
+    x = np.arange(32, dtype=np.int32)
+    for wait in (0, 1):
+        y = np.zeros(32, np.int32)
+        faulty.launch("shift", 1, 32, x, y, np.int32(wait), shared_bytes=128, seed=seed)
+        assert np.array_equal(y, np.roll(x, -1)) is bool(wait)
+
+
+def test_an_order_of_blocks_that_no_device_promises_shows(faulty):
+    def run(seed):
+        y = np.zeros(16, np.int32)
+        faulty.launch("follow_blocks", 16, 32, y, seed=seed)
+        return y.tolist()
+
+    assert run(0) == list(range(1, 17))
+    assert all(run(seed) != run(0) for seed in range(1, 9))
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_members_that_do_not_agree_are_found(faulty, seed):
+    with pytest.raises(harness.KernelFault, match=r"lack the caller|deadlock"):
+        faulty.launch("uneven_barriers", 1, 64, seed=seed)
+
+
 def test_misaligned_access_is_found(faulty):
     with pytest.raises(harness.KernelFault, match="misaligned"):
         faulty.launch("misaligned", 1, 2, np.zeros(16, np.uint8), np.zeros(1, np.uint32))

@@ -11,18 +11,23 @@ from pagedtq.backends.attend_arguments import (
     score_starts,
     table_entries,
 )
+from pagedtq.backends.host_score import Scores
+from pagedtq.backends.host_score import page_stats as host_page_stats
 from pagedtq.backends.queries import check_queries, prepare_queries
+from pagedtq.backends.score_places import page_stats, stats_places
 from tests.reference import scores as exact_scores
 from tests.simt.device_attention import f16_rows, share_out
+from tests.simt.device_layer import run
 from tests.simt.harness import compile_kernels
 from tests.simt.test_attend import BOUND, HEADS, fill, make_cache
 
 
-def score(cache, queries, ids, splits, seed=0):
-    """Return ragged scores ``[num_q_heads, total]`` and where each sequence's begin."""
+def score(cache, queries, ids, splits, seed=0, reads=None, table=None):
+    """Return ragged scores ``[num_q_heads, total]`` and where each sequence and block begins."""
     backend, layout = cache.backend, cache.backend.layout
     dim, host = cache.config.head_dim, cache.backend.layers[0]
-    table, reads = cache.tables.block_table(ids), cache.tables.reads(ids, False)
+    table = cache.tables.block_table(ids) if table is None else table
+    reads = cache.tables.reads(ids, False) if reads is None else reads
     tokens = check_queries(queries, reads, None, HEADS, dim, None)
     prepared = prepare_queries(tokens, host.codecs[0], host.mean, 1.0)
     group = tokens.values.shape[2]
@@ -47,7 +52,7 @@ def score(cache, queries, ids, splits, seed=0):
         table_entries(cache.config.layer_codecs(0)[0], dim), *units, starts, block_starts, out,
         seed=seed,
     )  # fmt: skip
-    return out, starts
+    return out, (starts, block_starts)
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -73,7 +78,7 @@ def test_scores_equal_float64_and_leave_out_what_is_not_readable(
     cache.tables.evict(ids[2], [1])
     cache.tables.set_start(ids[3], 5, page_size + 3)
     queries = rng.standard_normal((4, HEADS * group, head_dim)).astype(np.float32)
-    got, starts = score(cache, queries, ids, np.full(4, splits, np.int32))
+    got, (starts, _) = score(cache, queries, ids, np.full(4, splits, np.int32))
     again, _ = score(cache, queries, ids, np.full(4, splits, np.int32), seed=1)
     assert np.array_equal(got, again)
     for i, seq in enumerate(ids):
@@ -84,3 +89,47 @@ def test_scores_equal_float64_and_leave_out_what_is_not_readable(
         size = np.linalg.norm(queries[i], axis=-1)[:, None] * np.linalg.norm(keys, axis=-1).max()
         assert (np.abs(part - want) <= BOUND * size).all()
         assert np.linalg.norm(part - want) <= BOUND * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("page_size", "group"), [(16, 3), (128, 4)])
+def test_page_statistics_equal_the_hosts_on_the_same_scores(page_size, group, seed):
+    rng = np.random.default_rng(2)
+    cache = make_cache("k4v4", 64, page_size)
+    ids = fill(cache, [1, 5 * page_size + 3, 3 * page_size, 2 * page_size + 9], rng)
+    cache.tables.evict(ids[1], [1])
+    cache.tables.set_start(ids[3], 5, page_size + 3)
+    queries = 3 * rng.standard_normal((4, HEADS * group, 64)).astype(np.float32)
+    # Of a sequence with nothing to read there is no page.
+    table, reads = cache.tables.block_table(ids), cache.tables.reads(ids, False)
+    reads = reads._replace(stop=reads.stop * [1, 1, 0, 1])
+    got, starts = score(cache, queries, ids, np.full(4, 2, np.int32), seed, reads=reads)
+    places = stats_places(table, reads, page_size)
+    maximum, mass = np.full((2, len(got), len(places.blocks)), np.nan, np.float32)
+    run(page_stats(got, starts, places.numbers, maximum, mass), seed)
+    positions = np.concatenate([_readable(table[b], reads, b, page_size) for b in range(4)])
+    want = host_page_stats(Scores(got.astype(np.float64), starts[0], positions), page_size)
+    assert np.array_equal(places.indptr, want.indptr)
+    assert np.array_equal(places.blocks, want.blocks)
+    assert np.array_equal(maximum, want.maximum)
+    np.testing.assert_allclose(mass, want.mass, rtol=1e-5)
+
+
+def _readable(table, reads, b, page_size):
+    place = np.arange(int(reads.stop[b]))
+    allowed = (place < reads.keep[b]) | (place >= reads.start[b])
+    return place[(place >= reads.first[b]) & allowed & (table[place // page_size] != 0)]
+
+
+def test_entries_outside_the_read_ranges_are_never_followed():
+    rng = np.random.default_rng(3)
+    cache = make_cache("k3v3", 64, 16)
+    ids = fill(cache, [200], rng)
+    cache.tables.set_start(ids[0], 20, 120)
+    queries = rng.standard_normal((1, HEADS * 4, 64)).astype(np.float32)
+    splits = np.ones(1, np.int32)
+    want, (starts, _) = score(cache, queries, ids, splits)
+    wild = cache.tables.block_table(ids).copy()
+    wild[0, 2:7] = 2**30
+    got, (wild_starts, _) = score(cache, queries, ids, splits, table=wild)
+    assert np.array_equal(starts, wild_starts) and np.array_equal(got, want)

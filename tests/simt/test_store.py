@@ -7,7 +7,10 @@ import pytest
 from device_layer import DeviceLayer, as_kind, cache_config
 
 from pagedtq.backends.host import HostBackend
+from pagedtq.backends.page_launches import LayerLaunches
 from pagedtq.config import Exact, LayerOverride, TurboQuant
+from pagedtq.errors import UnsupportedError
+from pagedtq.paging.layout import PageLayout
 
 FORMATS = {
     "k4v4": (TurboQuant(bits=4), TurboQuant(bits=4)),
@@ -114,6 +117,24 @@ def test_every_other_dimension_has_a_correct_path(head_dim):
     slots = np.arange(17, 24, dtype=np.int64)
     keys, values = tokens(len(slots), 2, head_dim, "f16")
     assert_same_pages(store_both(host, keys, values, slots, "f16"), host)
+
+
+@pytest.mark.filterwarnings("ignore::pagedtq.codec.rotation.DenseRotationWarning")
+@pytest.mark.parametrize(
+    ("form", "head_dim", "largest"),
+    [("dense4v3", 3100, 3072), ("k4v4", 3100, 3072), ("prod4v4", 4096, 3072), ("k4v4", 4096, None)],
+)
+def test_vectors_that_shared_memory_cannot_hold_are_refused(form, head_dim, largest):
+    layout = PageLayout(cache_config(*FORMATS[form], head_dim, num_kv_heads=1, page_size=16))
+
+    def launches():
+        return LayerLaunches(layout, 0, np.zeros(1, np.uint8), (None, None))
+
+    if largest is None:
+        launches()
+        return
+    with pytest.raises(UnsupportedError, match=f"at most {largest} elements.*got head_dim"):
+        launches()
 
 
 @pytest.mark.parametrize("form", ["k4v4", "prod4v4", "dense4v3"])
