@@ -17,11 +17,11 @@ from .cuda_layer import CudaLayer, refuse_unsupported
 from .cuda_operands import DeviceTokens, Operands
 from .cuda_pages import CudaPages, SwappedPages
 from .cuda_plan import AttendPlan
-from .cuda_score import score
+from .cuda_score import page_stats, score
 from .cuda_window import CudaWindow
 from .device import Device, DeviceArray, Event
 from .dtypes import STORAGE
-from .host_score import PageStats, Scores, page_stats
+from .host_score import PageStats, Scores
 from .queries import check_query_shapes, check_scale
 from .tokens import check_means
 
@@ -270,9 +270,8 @@ class CudaBackend:
         return score(self, plan, layer, queries, block_table, reads, window)
 
     def page_stats(self, scores: Scores) -> PageStats:
-        """Reduce `score`'s result to a maximum and a softmax mass per page, on the host."""
-        values = self.device.download(scores.values)
-        return page_stats(scores._replace(values=values), self.config.page_size)
+        """Reduce `score`'s result to a maximum and a softmax mass per page, as NumPy arrays."""
+        return page_stats(self.device, scores, self.config.page_size)
 
     def load(self, layer: int, slots: Any, dtype: Dtype = "f32") -> tuple[DeviceArray, DeviceArray]:
         """Decode page slots; see `HostBackend.load`. Results are of type ``dtype``."""

@@ -5,16 +5,53 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..config import Dtype
 from .attend_launches import NO_STATE, State, merge_dense
+from .chunk_pages import chunk_layout, chunk_reads, chunk_table
 from .cuda_operands import DeviceTokens
 from .cuda_reads import StepReads, WorkArrays
 from .device import DeviceArray
-from .dtypes import STORAGE
 
 if TYPE_CHECKING:
     from .cuda import CudaBackend
+
+
+class ChunkPart:
+    """Causal attention of chunks over their own keys and values, as exact pages of a scratch pool.
+
+    Parameters
+    ----------
+    backend : CudaBackend
+        The cache's.
+    step : StepReads
+        The step's shape.
+    """
+
+    def __init__(self, backend: CudaBackend, step: StepReads) -> None:
+        from .cuda import CudaBackend
+
+        self._table = chunk_table(step.batch, step.chunk_tokens)
+        config = chunk_layout(backend.config, step.batch, step.chunk_tokens).config
+        split = backend.split_tokens
+        self._scratch = CudaBackend(
+            config,
+            device=backend.device,
+            split_tokens=None if split is None else max(split, config.page_size),
+        )
+        self._plan = self._scratch.plan(step.batch, self._table.shape[1], step.tokens)
+
+    def update(self, q_lens: npt.NDArray[np.int64]) -> None:
+        """Bring the chunks' lengths to the device."""
+        self._plan.update(self._table, chunk_reads(q_lens), q_lens)
+
+    def attend(
+        self, chunk: DeviceTokens, slots: DeviceArray, queries: DeviceArray, **options: Any
+    ) -> None:
+        """Store chunks into the scratch pages at ``slots``, and attend over them."""
+        self._scratch.write(0, chunk, slots)
+        self._plan.attend(0, queries, **options)
 
 
 class ExactParts:
@@ -32,6 +69,12 @@ class ExactParts:
 
     def __init__(self, backend: CudaBackend, step: StepReads, work: WorkArrays) -> None:
         self._backend, self._step, self._work = backend, step, work
+        self._chunk = ChunkPart(backend, step) if step.chunk_tokens else None
+
+    def update(self) -> None:
+        """Follow an update of the step."""
+        if self._chunk is not None:
+            self._chunk.update(self._step.q_lens)
 
     def attend(
         self,
@@ -46,25 +89,30 @@ class ExactParts:
         """Attend over the window, the chunk, or both merged; no state where there is neither."""
         on, one, launch = self._step.on, self._backend.layer(layer), self._backend.device.launch
 
-        def part(name: str, reads: str, owners: tuple[Any, Any], rows: tuple[Any, Any]) -> State:
-            into = self._state(name, queries.shape)
-            launch(
-                one.attention.attend_window(
-                    queries, kind, on[reads], on["reads"][0], on["query_starts"], owners, rows,
-                    sm_scale, window_left, soft_cap, into,
-                )
-            )  # fmt: skip
-            return into
-
         states = []
         if self._step.has_window and one.window is not None:
             reads = "reads" if chunk is None else "window_reads"
-            owners = on["window_slots"], on["sink_records"]
-            states.append(part("window", reads, owners, (one.window.ring, one.window.sink)))
-        if chunk is not None:
-            ring, none = self._chunk_rows(layer, chunk)
-            owners = on["chunk_slots"], on["no_records"]
-            states.append(part("chunk", "chunk_reads", owners, (ring, none)))
+            states.append(self._state("window", queries.shape))
+            launch(
+                one.attention.attend_window(
+                    queries, kind, on[reads], on["reads"][0], on["query_starts"],
+                    (on["window_slots"], on["sink_records"]), (one.window.ring, one.window.sink),
+                    sm_scale, window_left, soft_cap, states[-1],
+                )
+            )  # fmt: skip
+        if chunk is not None and self._chunk is not None:
+            states.append(self._state("chunk", queries.shape))
+            self._chunk.attend(
+                chunk,
+                on["chunk_slots"],
+                queries,
+                sm_scale=sm_scale,
+                soft_cap=soft_cap,
+                window_left=window_left,
+                dtype=kind,
+                out=states[-1].out,
+                lse=states[-1].lse,
+            )
         if len(states) < 2:
             return states[0] if states else NO_STATE
         into = self._state("merged", queries.shape)
@@ -74,20 +122,6 @@ class ExactParts:
         macros, dim = one.attention.macros, self._backend.config.head_dim
         launch(merge_dense(dim, macros, (states[0], states[1]), into, at))
         return into
-
-    def _chunk_rows(self, layer: int, chunk: DeviceTokens) -> tuple[DeviceArray, DeviceArray]:
-        """Write the chunk into a ring of its own; return it, and sinks without rows."""
-        config, step = self._backend.config, self._step
-        shape = (step.batch, config.num_kv_heads, 2, step.chunk_tokens, config.head_dim)
-        dtype = STORAGE[config.kv_dtype]
-        ring = self._work.get("chunk_ring", shape, dtype)
-        none = self._work.get("no_sinks", (*shape[:3], 0, config.head_dim), dtype)
-        launches = self._backend.layer(layer).tokens
-        rows, nowhere = step.on["chunk_rows"], step.on["nowhere"]
-        self._backend.device.launch(
-            launches.store_window(*chunk.arrays, chunk.kind, rows, nowhere, ring, none)
-        )
-        return ring, none
 
     def _state(self, name: str, shape: tuple[int, ...]) -> State:
         out = self._work.get(name + "_out", shape, np.float32)

@@ -10,7 +10,7 @@ from ..codec import TurboQuantCodec
 from ..config import CacheConfig, Polar
 from ..errors import UnsupportedError
 from ..paging.layout import PageLayout
-from .attend_arguments import table_entries
+from .attend_arguments import MAX_HEAD_DIM, table_entries
 from .attend_launches import AttentionLaunches
 from .cuda_operands import Operands
 from .cuda_window import CudaWindow
@@ -19,9 +19,6 @@ from .dtypes import Float32
 from .kernel_tables import StreamTables, stream_tables
 from .page_launches import LayerLaunches
 from .tokens import Codecs, layer_codecs
-
-#: Largest dimension whose partial outputs fit a block's static shared memory.
-MAX_HEAD_DIM = 512
 
 SUPPORTED = (
     "TurboQuant (1 to 8 bits, mse or prod, Hadamard or dense rotation) and Exact (f16, bf16, f32) "

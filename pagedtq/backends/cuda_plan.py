@@ -86,6 +86,7 @@ class AttendPlan:
             have, or a page that the pool does not have.
         """
         self._step.update(block_table, reads, q_lens, window)
+        self._exact.update()
 
     def attend(
         self,
@@ -135,7 +136,7 @@ class AttendPlan:
             return into.out, into.lse
         array, kind = backend.operands.queries(queries, dtype)
         rows = int(lens.max()) * group
-        kernel = attend_kernel(backend.layout, layer, rows, soft_cap is not None)
+        kernel = self._kernel(layer, rows, soft_cap is not None)
         reads = "reads" if chunk is None else "body_reads"
         buffers, units = self._step.buffers(reads), self._units.plan(kernel, group, layer, reads)
         prepared = self._rotate(one.attention, array, kind, sm_scale, num_q_heads)
@@ -160,7 +161,7 @@ class AttendPlan:
         num_q_heads = queries.shape[1]
         group = num_q_heads // backend.config.num_kv_heads
         array, kind = backend.operands.queries(queries)
-        kernel = attend_kernel(backend.layout, layer, group, False)
+        kernel = self._kernel(layer, group, False)
         buffers = self._step.buffers("reads")
         units = self._units.plan(kernel, group, layer, "reads")
         prepared = self._rotate(one.attention, array, kind, 1.0, num_q_heads)
@@ -173,6 +174,10 @@ class AttendPlan:
         return scores
 
     # -- parts -------------------------------------------------------------------------------
+
+    def _kernel(self, layer: int, rows: int, soft_cap: bool) -> AttendKernel:
+        layout, arch = self._backend.layout, self._device.arch
+        return attend_kernel(layout, layer, rows, soft_cap, arch=arch)
 
     def _current(self) -> Reads:
         if self._step.reads is None:

@@ -12,6 +12,7 @@ from ..config import CacheConfig
 from ..errors import ArgumentError
 from ..paging.table_views import Reads
 from .attend_launches import ReadBuffers
+from .chunk_pages import chunk_slots
 from .device import Device, DeviceArray
 from .host import without_chunk
 from .packed_upload import PackedUpload
@@ -35,7 +36,7 @@ class StepReads:
     ----------
     on : dict of str to array
         The buffers: ``table``, ``query_starts``, ``window_slots``, ``sink_records``, ``reads``; for
-        chunks also the ranges of pages, window and chunk apart, and where the chunk's rows go.
+        chunks also the ranges of pages and window without the chunk, and where the chunk goes.
     reads : Reads or None
         What was brought last, on the host.
     q_lens : ndarray of int64 ``[batch]``
@@ -67,11 +68,7 @@ class StepReads:
             fields |= {
                 "body_reads": ((5, batch), np.int64),
                 "window_reads": ((5, batch), np.int64),
-                "chunk_reads": ((5, batch), np.int64),
-                "chunk_rows": ((tokens,), np.int64),
-                "nowhere": ((tokens,), np.int64),
-                "chunk_slots": ((batch,), np.int32),
-                "no_records": ((batch,), np.int32),
+                "chunk_slots": ((tokens,), np.int64),
             }
         self._packed = PackedUpload(device, fields)
         self.on = self._packed.device
@@ -117,20 +114,12 @@ class StepReads:
         """Say what is read where, when the chunk is attended apart.
 
         The pages' kernel takes the query tokens' positions from ``kv_lens``, so only its ranges
-        shrink; the window's kernel has the lengths apart. The chunk is a ring without sinks.
+        shrink; the window's kernel has the lengths apart.
         """
         host, apart = self._packed.host, without_chunk(reads, lens)
         host["body_reads"][...] = apart._replace(kv_lens=reads.kv_lens)
         host["window_reads"][...] = apart
-        nothing = np.zeros(self.batch, np.int64)
-        host["chunk_reads"][...] = (reads.kv_lens, nothing, apart.kv_lens, nothing, nothing)
-        owners = np.repeat(np.arange(self.batch), lens)
-        within = np.arange(self.tokens) - host["query_starts"][owners]
-        position = apart.kv_lens[owners] + within
-        host["chunk_rows"][...] = owners * self.chunk_tokens + position % self.chunk_tokens
-        host["nowhere"][...] = -1
-        host["chunk_slots"][...] = np.arange(self.batch)
-        host["no_records"][...] = -1
+        host["chunk_slots"][...] = chunk_slots(lens, self.chunk_tokens)
 
     def _refuse_wild_pages(self, table: Array, reads: Reads) -> None:
         """Refuse what would make a kernel read outside the page table or the pool."""

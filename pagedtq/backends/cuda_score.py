@@ -10,8 +10,9 @@ import numpy.typing as npt
 from ..paging.table_views import Reads
 from .attend_arguments import score_starts
 from .cuda_window import CudaWindow
-from .device import DeviceArray
-from .host_score import Scores
+from .device import Device, DeviceArray
+from .host_score import PageStats, Scores
+from .score_places import page_stats as stats_launch
 
 if TYPE_CHECKING:
     from .cuda import CudaBackend
@@ -89,6 +90,31 @@ def score(
         ):
             _fill(backend, store, values, wide, places, ring, np.flatnonzero(chosen), slots)
     return Scores(values, places.indptr, places.positions)
+
+
+def page_stats(device: Device, scores: Scores, page_size: int) -> PageStats:
+    """Reduce scores on the device; what comes to the host is a number or two per head and page."""
+    batch = len(scores.indptr) - 1
+    blocks = scores.positions // page_size
+    stride = int(blocks.max(initial=-1)) + 1
+    owners = np.repeat(np.arange(batch), np.diff(scores.indptr))
+    counts = np.bincount(owners * stride + blocks, minlength=batch * stride).reshape(batch, stride)
+    read = counts > 0
+    numbers = np.full(read.shape, -1, np.int32)
+    numbers[read] = np.arange(read.sum())
+    indptr = np.concatenate([[0], read.sum(axis=1).cumsum()]).astype(np.int64)
+    shape = (len(scores.values), int(indptr[-1]))
+    maximum, mass = (device.empty(shape, np.float32) for _ in range(2))
+    if shape[1]:
+        starts = scores.indptr, (counts.cumsum(axis=1) - counts).astype(np.int64)
+        places = device.upload(starts[0]), device.upload(starts[1])
+        device.launch(stats_launch(scores.values, places, device.upload(numbers), maximum, mass))
+    return PageStats(
+        device.download(maximum),
+        device.download(mass),
+        indptr,
+        np.nonzero(read)[1].astype(np.int64),
+    )
 
 
 def _fill(

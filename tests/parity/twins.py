@@ -127,6 +127,9 @@ class Twins:
         assert (np.abs(values - want.values) <= BOUND * size).all()
         stats, reference = self.cuda.page_stats(got), self.host.page_stats(want)
         assert np.array_equal(stats.blocks, reference.blocks)
+        assert np.array_equal(stats.indptr, reference.indptr)
+        assert (np.abs(stats.maximum - reference.maximum) <= BOUND * size).all()
+        np.testing.assert_allclose(stats.mass, reference.mass, rtol=0.1, atol=1e-6)
 
     def check_load(self, layer, index) -> None:
         (want_k, want_v, want_p), (keys, values, positions) = (
