@@ -7,6 +7,7 @@ looking at it would make the host wait for the device (``validate=True`` asks fo
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ Array = npt.NDArray[Any]
 
 # Index arrays kept on the device: a step's mappings serve all of its layers.
 _KEPT = 16
+_Content = tuple[str, tuple[int, ...], bytes]
 
 
 class DeviceTokens:
@@ -70,7 +72,8 @@ class Operands:
 
     def __init__(self, device: Device, config: CacheConfig, validate: bool) -> None:
         self.device, self.config, self.validate = device, config, validate
-        self._kept: list[tuple[Array, DeviceArray]] = []
+        self._kept: OrderedDict[_Content, DeviceArray] = OrderedDict()
+        self._captured: dict[_Content, DeviceArray] = {}
 
     def tokens(
         self, layer: int, codecs: Codecs, keys: Any, values: Any, dtype: Dtype | None
@@ -137,13 +140,20 @@ class Operands:
 
     def constant(self, wanted: Array) -> DeviceArray:
         """Bring a small host array to the device; an equal one that is there already serves."""
-        for place, (host, array) in enumerate(self._kept):
-            if host.dtype == wanted.dtype and np.array_equal(host, wanted):
-                self._kept.append(self._kept.pop(place))
-                return array
-        sent = self.device.upload(wanted)
-        self._kept = [*self._kept[-_KEPT + 1 :], (wanted.copy(), sent)]
-        return sent
+        key = (wanted.dtype.str, wanted.shape, wanted.tobytes())
+        array = self._captured.get(key)
+        if array is None:
+            array = self._kept.pop(key, None)
+        if array is None:
+            array = self.device.upload(wanted)
+        if self.device.capturing:
+            # The graph refers to it from now on.
+            self._captured[key] = array
+            return array
+        self._kept[key] = array
+        if len(self._kept) > _KEPT:
+            self._kept.popitem(last=False)
+        return array
 
     def contiguous(self, array: DeviceArray) -> DeviceArray:
         """Return a device array whose elements lie side by side, itself if they do."""

@@ -82,3 +82,15 @@ def test_a_captured_graph_holds_the_planner_once_per_pass_over_the_layers(device
         kernels = [launch.kernel for launch in graph.launches]
         assert kernels.count("plan_splits") == 1 and kernels[0] == "plan_splits"
         assert kernels.count("attend") == 2
+
+
+def test_what_a_captured_graph_refers_to_stays_on_the_device(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=1), device)
+    constant = twins.cuda.backend.operands.constant
+    kept, refers = constant(np.arange(3)), constant(np.arange(4))
+    with device.capture():
+        assert constant(np.arange(4)) is refers
+    for length in range(5, 40):
+        constant(np.arange(length))
+    assert constant(np.arange(4)) is refers
+    assert constant(np.arange(3)) is not kept
