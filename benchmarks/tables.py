@@ -156,7 +156,7 @@ def markdown(rows: list[Row], columns: tuple[str, ...]) -> str:
 def figures() -> str:
     """Return the body of docs/performance.md."""
     parts = []
-    for name, (question, columns, chosen) in SECTIONS.items():
+    for name, (question, columns, chosen) in (SECTIONS | gpu_sections()).items():
         parts += [f"### {question}", section(name, columns, chosen)]
     return "\n\n".join(parts)
 
@@ -180,6 +180,18 @@ def eviction() -> str:
     """Return the body of docs/eviction.md."""
     columns = ("case", "budget", "policy", "relative error", "standard error", "attention kept")
     return section("eviction", columns, lambda row: True)
+
+
+def gpu_sections() -> dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]]:
+    """Return a section for each device that has a result; there may be none."""
+    return {
+        path.stem: (
+            f"What does a device reach? ({load(path.stem)['device']})",
+            (),
+            lambda row: True,
+        )
+        for path in sorted(RESULTS.glob("gpu-*.json"))
+    }
 
 
 def summary() -> str:

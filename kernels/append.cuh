@@ -15,9 +15,10 @@ constexpr bool kScratch = kOdd > 1 || kDense<KeyForm> || kDense<ValueForm> ||
                           KeyForm::qjl == QJL_GAUSSIAN;
 constexpr int kScratchFloats = kScratch ? kVectorsPerBlock * HEAD_DIM : 1;
 
-// Wider codes need more registers than six blocks leave.
-constexpr int kAppendBlocks =
-    (KeyForm::bits > 4 || ValueForm::bits > 4) && kBlocks > 4 ? 4 : kBlocks;
+// Wider codes, and residuals of mixed radices, need more registers than that many blocks leave.
+constexpr int kAppendBlocks = KeyForm::bits > 4 || ValueForm::bits > 4     ? kBlocks > 3 ? 4 : 2
+                              : KeyForm::qjl != QJL_NONE && kOdd > 1 && kBlocks > 5 ? 5
+                                                                                    : kBlocks;
 
 // The vector a lane group works on: tokens of a pair are neighbours, heads come next.
 struct Item {

@@ -37,7 +37,7 @@
 #elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ / 100 == 10)
 #define BLOCKS 2
 #else
-#define BLOCKS 3
+#define BLOCKS (is_tuned(KEY_FORMAT, HEAD_DIM) && is_tuned(VALUE_FORMAT, HEAD_DIM) ? 3 : 2)
 #endif
 
 struct Unit {

@@ -1,7 +1,7 @@
 // Per-page maximum and mass of scores, for eviction policies.
 //
 // what      maximum[h, i], the largest score of query head h in page i of those that hold a readable
-//           position, and mass[h, i], the sum of exp(score - the sequence's largest)
+//           position, and mass[h, i], the sum of exp(sm_scale * (score - the sequence's largest))
 // mapping   grid (sequences, query heads), 128 threads: a warp takes every fourth block, lanes its
 //           positions
 // bytes     4 per score, twice (the second time mostly from cache); 8 per page out
@@ -20,7 +20,7 @@
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     page_stats(const float* scores, const i64* sequence_starts, const i64* block_starts,
                const int* page_numbers, int batch, int table_stride, int num_pages, float* maximum,
-               float* mass) {
+               float* mass, float sm_scale) {
     __shared__ float tops[WARPS];
     const int sequence = blockIdx.x, head = blockIdx.y;
     const int warp = threadIdx.x / WARP_SIZE, lane = lane_id();
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         const i64 end = block + 1 < table_stride ? starts[block + 1] : count;
         float sum = 0.0f;
         for (i64 i = starts[block] + lane; i < end; i += WARP_SIZE) {
-            sum += ex2((row[i] - largest) * 1.44269504f);
+            sum += ex2((row[i] - largest) * (sm_scale * 1.44269504f));
         }
 #pragma unroll
         for (int lanes = 16; lanes > 0; lanes /= 2) sum += shfl_xor(sum, lanes);

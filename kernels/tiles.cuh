@@ -22,6 +22,11 @@
 typedef Keys<KEY_FORMAT, HEAD_DIM> KeyRow;
 typedef Values<VALUE_FORMAT, HEAD_DIM> ValueRow;
 
+// What is decoded element by element gains nothing from larger tiles.
+static_assert(TILE_TOKENS == 16 ||
+                  (is_tuned(KEY_FORMAT, HEAD_DIM) && is_tuned(VALUE_FORMAT, HEAD_DIM)),
+              "attend_arguments.tile_tokens and is_tuned disagree");
+
 constexpr bool kKeyNorms = !is_exact(KEY_FORMAT);
 constexpr bool kValueNorms = !is_exact(VALUE_FORMAT);
 

@@ -10,6 +10,11 @@ from hypothesis import HealthCheck, settings
 
 # Before anything imports matplotlib: a test must never open a window.
 os.environ["MPLBACKEND"] = "Agg"
+# The suite is about the host wherever it does not say otherwise, on machines with a GPU too.
+os.environ["PAGEDTQ_BACKEND"] = "host"
+
+# Claims that several test modules import explain their failures too.
+pytest.register_assert_rewrite("tests.parity.claims", "tests.parity.twins")
 
 settings.register_profile(
     "pagedtq",

@@ -155,6 +155,8 @@ def test_info_names_versions_machine_and_backends(cli):
     answer = msgspec.json.decode(cli("info --json")[1], type=Info)
     assert answer.pagedtq == __version__
     assert answer.backends["host"] == "available"
+    assert answer.backends["auto"] == "host"
+    assert answer.backends["cuda"]
     assert answer.cores >= 1
 
 

@@ -64,6 +64,14 @@ def test_forbidden_import_breaks_the_contract(copy, module, forbidden):
     assert forbidden in done.stdout
 
 
+def test_importing_cupy_elsewhere_breaks_the_contract(copy):
+    with (copy / "pagedtq" / "backends" / "cuda.py").open("a") as file:
+        file.write("\nimport cupy\n")
+    done = lint(copy)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "CuPy is imported behind its seams only BROKEN" in done.stdout
+
+
 def test_module_without_a_layer_breaks_the_contract(copy):
     (copy / "pagedtq" / "helpers.py").write_text('"""Nowhere."""\n')
     done = lint(copy)

@@ -174,10 +174,24 @@ def attend_kernel(
     )
 
 
+def is_tuned(head_dim: int, form: int) -> bool:
+    """Whether rows divide among lanes, and are decoded from registers: ``is_tuned`` of streams.cuh.
+
+    Everything else is decoded element by element.
+    """
+    if head_dim % 16 or form not in (2, 3, 4, EXACT_FORMATS["f16"]):
+        return False
+    row = head_dim * (2 if form == 3 else form) // 8
+    for size, lanes in ((row, 4), (2 * row, 8)):
+        load = next((load for load in (16, 8, 4) if size % (load * lanes) == 0), 0)
+        if load == 0 or (form == 3 and load != 16 and size != load * lanes):
+            return False
+    return True
+
+
 def takes_int8(head_dim: int, key_format: int, prod: bool) -> bool:
     """Whether keys may be multiplied as bytes: ``KEY_INT8`` of ``kernels/tiles.cuh``."""
-    dims = {2: (64, 128, 192, 256), 3: (64, 128, 256), 4: tuple(range(32, 257, 32))}
-    return not prod and head_dim in dims.get(key_format, ())
+    return not prod and 2 <= key_format <= 4 and head_dim <= 256 and is_tuned(head_dim, key_format)
 
 
 def prefers_int8(head_dim: int, key_format: int, prod: bool) -> bool:
@@ -191,8 +205,8 @@ def tile_tokens(
     """Return how many tokens a warp takes at once: as many as registers hold without spilling."""
     if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
         return 32 if head_dim <= 64 and column_tiles == 1 else 16
-    if 3 in (key_format, value_format) and head_dim not in (64, 128, 256):
-        return 16  # decoded element by element
+    if not (is_tuned(head_dim, key_format) and is_tuned(head_dim, value_format)):
+        return 16
     if head_dim > 128 or column_tiles == 2:
         return 16 if head_dim > 128 and column_tiles == 2 else 32
     if int8_keys:

@@ -53,15 +53,20 @@ def kind_of(array: npt.NDArray[Any], name: str, dtype: Dtype | None) -> Dtype:
     """
     if not isinstance(array, np.ndarray):
         raise ArgumentTypeError(f"{name} must be a NumPy array, got {type(array).__name__}")
+    return kind_of_dtype(array.dtype, name, dtype)
+
+
+def kind_of_dtype(given: np.dtype[Any], name: str, dtype: Dtype | None) -> Dtype:
+    """Tell what `kind_of` tells from the dtype alone, wherever the array lies."""
     kinds: dict[str, Dtype] = {"float16": "f16", "float32": "f32", "bfloat16": "bf16"}
-    kind = kinds.get(array.dtype.name)
-    if array.dtype == np.uint16 and dtype == "bf16":
+    kind = kinds.get(given.name)
+    if given == np.uint16 and dtype == "bf16":
         kind = "bf16"
     if kind is None or (dtype is not None and kind != dtype):
         wanted = dtype or 'float16, float32, bfloat16, or uint16 with dtype="bf16"'
-        raise ArgumentTypeError(f"{name} must be {wanted}, got {array.dtype.name}")
-    if not array.dtype.isnative:
-        raise ArgumentTypeError(f"{name} must be in native byte order, got {array.dtype.str}")
+        raise ArgumentTypeError(f"{name} must be {wanted}, got {given.name}")
+    if not given.isnative:
+        raise ArgumentTypeError(f"{name} must be in native byte order, got {given.str}")
     return kind
 
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..codec.constants import constant_bytes
 from ..config import CacheConfig, Dtype, TurboQuant
-from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..errors import ArgumentError, UnsupportedError
 from ..paging.arguments import integer
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
@@ -18,9 +18,9 @@ from .host_bounds import PageBounds
 from .host_chunk import attend_chunk
 from .host_layer import HostLayer
 from .host_pages import PageBytes
-from .host_score import Scores
+from .host_score import PageStats, Scores, page_stats
 from .host_window import WindowRows, WindowStore
-from .queries import QueryTokens, check_queries
+from .queries import QueryTokens, check_queries, check_scale
 from .states import add_sink, merge_states
 from .tokens import TokenBatch, check_means, check_slots
 from .workers import Workers
@@ -171,8 +171,9 @@ class HostBackend:
         sink_logits: Array | None = None,
         window_left: int | None = None,
         alibi_slopes: object = None,
+        window: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Array]:
-        """Attend over the coded (or exact) pages of a batch.
+        """Attend over the coded (or exact) pages of a batch, and its exact windows where given.
 
         Parameters
         ----------
@@ -198,6 +199,8 @@ class HostBackend:
             Sliding-window layers: a query at p reads positions ``>= p - window_left`` only.
         alibi_slopes : None
             Not supported: anything else is refused.
+        window : tuple of ndarray, optional
+            ``window_slots, sink_records`` of `attend_window`, whose state is merged in.
 
         Returns
         -------
@@ -210,19 +213,33 @@ class HostBackend:
             raise UnsupportedError("ALiBi is not supported: alibi_slopes must be None")
         one = self._layer(layer)
         tokens = self._tokens(queries, reads, q_lens, window_left)
-        _check_scale(sm_scale, soft_cap)
+        check_scale(sm_scale, soft_cap)
         chunk = None
         if keys is not None or values is not None:
             if keys is None or values is None:
                 raise ArgumentError("keys and values of the chunk come together, got only one")
             check_shape(keys, "keys", (len(tokens.last), None, None), "one row per query token")
             chunk = one.check(keys, values, None)
-            reads = without_chunk(reads, tokens.q_lens)
-        state = one.attend(tokens, block_table, reads, sm_scale, soft_cap)
+        pages = reads if chunk is None else without_chunk(reads, tokens.q_lens)
+        state = one.attend(tokens, block_table, pages, sm_scale, soft_cap)
         if chunk is not None:
             own = attend_chunk(tokens, chunk, sm_scale, soft_cap, self.dtype)
             state = merge_states((state[0], own[0]), (state[1], own[1]))
-        return add_sink(*_by_query_head(*state), sink_logits)
+        state = _by_query_head(*state)
+        if window is not None:
+            exact = self.attend_window(
+                layer,
+                queries,
+                *window,
+                reads,
+                sm_scale,
+                q_lens,
+                chunk_apart=chunk is not None,
+                soft_cap=soft_cap,
+                window_left=window_left,
+            )
+            state = merge_states((state[0], exact[0]), (state[1], exact[1]))
+        return add_sink(*state, sink_logits)
 
     def attend_window(
         self,
@@ -246,7 +263,7 @@ class HostBackend:
         """
         window = self.window(layer)
         tokens = self._tokens(queries, reads, q_lens, window_left)
-        _check_scale(sm_scale, soft_cap)
+        check_scale(sm_scale, soft_cap)
         if chunk_apart:
             reads = without_chunk(reads, tokens.q_lens)
         rows = WindowRows(tokens.values * sm_scale, tokens.last, tokens.floor)
@@ -255,10 +272,18 @@ class HostBackend:
         )
         return _by_query_head(out, lse)
 
-    def score(self, layer: int, queries: Array, block_table: Array, reads: Reads) -> Scores:
-        """Score one query token per sequence against its readable keys in pages.
+    def score(
+        self,
+        layer: int,
+        queries: Array,
+        block_table: Array,
+        reads: Reads,
+        *,
+        window: tuple[Array, Array] | None = None,
+    ) -> Scores:
+        """Score one query token per sequence against its readable keys.
 
-        Parameters are those of `attend`.
+        Parameters are those of `attend`; without ``window`` only keys in pages are scored.
 
         Returns
         -------
@@ -266,7 +291,14 @@ class HostBackend:
             True inner products ``q . k``: no scale, key means added back.
         """
         one = self._layer(layer)
-        return one.score(self._tokens(queries, reads, None, None), block_table, reads)
+        scores = one.score(self._tokens(queries, reads, None, None), block_table, reads)
+        if window is None:
+            return scores
+        return self.window(layer).add_scores(scores, queries, *window, reads)
+
+    def page_stats(self, scores: Scores, sm_scale: float = 1.0) -> PageStats:
+        """Reduce `score`'s result to a maximum and a softmax mass per page; see `page_stats`."""
+        return page_stats(scores, self.config.page_size, sm_scale)
 
     def score_bounds(
         self, layer: int, queries: Array, block_table: Array, reads: Reads
@@ -381,6 +413,15 @@ class HostBackend:
         """
         return np.empty(shape, np.uint8)
 
+    def to_host(self, array: Array) -> Array:
+        """Return a result of this backend as a NumPy array: here it is one already."""
+        return array
+
+    @property
+    def description(self) -> str:
+        """What computes, for people."""
+        return self.name
+
     # -- parts -------------------------------------------------------------------------------
 
     def _layer(self, layer: int) -> HostLayer:
@@ -404,14 +445,3 @@ def _by_query_head(out: Array, lse: Array) -> tuple[Array, Array]:
     """Merge the KV head and group axes."""
     tokens, heads, group, dim = out.shape
     return out.reshape(tokens, heads * group, dim), lse.reshape(tokens, heads * group)
-
-
-def _check_scale(sm_scale: float, soft_cap: float | None) -> None:
-    for name, value in (("sm_scale", sm_scale), ("soft_cap", 0 if soft_cap is None else soft_cap)):
-        is_number = isinstance(value, float | int | np.floating | np.integer)
-        if not is_number or isinstance(value, bool):
-            raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not np.isfinite(sm_scale):
-        raise ArgumentError(f"sm_scale must be finite, got {sm_scale}")
-    if soft_cap is not None and not (np.isfinite(soft_cap) and soft_cap > 0):
-        raise ArgumentError(f"soft_cap must be positive and finite, got {soft_cap}")

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..codec import PolarCodec, TurboQuantCodec, VectorCodec
-from ..config import Dtype, Exact, Polar
+from ..codec import TurboQuantCodec
+from ..config import Dtype, Polar
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
 from .dtypes import Float32
@@ -23,7 +23,7 @@ from .page_reader import StreamReader
 from .page_writer import PageWriter
 from .polar_reader import PolarReader
 from .queries import PreparedQueries, QueryTokens, prepare_queries, unrotate_outputs
-from .tokens import Codecs, TokenBatch, check_tokens
+from .tokens import TokenBatch, check_tokens, layer_codecs
 from .workers import Workers
 
 Array = npt.NDArray[Any]
@@ -67,10 +67,7 @@ class HostLayer:
         config = layout.config
         self.config, self.index = config, layer
         self.dtype, self.workers = dtype, workers
-        self.codecs: Codecs = (
-            self._codec(layer, "key", mean),
-            self._codec(layer, "value", None),
-        )
+        self.codecs = layer_codecs(config, layer, mean)
         self.mean = mean if self.codecs[0] is not None else None
         self.writer = PageWriter(layout, pool, layer, self.codecs)
         self.attention = PageAttention(
@@ -202,23 +199,6 @@ class HostLayer:
             keys = key_codec.rotation.inverse(keys, self.mean)
         keys = keys.astype(self.dtype, copy=False)
         return keys, values if value_codec is None else value_codec.rotation.inverse(values)
-
-    def _codec(self, layer: int, stream: Stream, mean: Float32 | None) -> VectorCodec | None:
-        config = self.config
-        form = config.layer_codecs(layer)[stream == "value"]
-        if isinstance(form, Exact):
-            return None
-        shape = config.head_dim, config.num_kv_heads
-        place: dict[str, Any] = {
-            "seed": config.seed,
-            "layer": layer,
-            "stream": stream,
-            "first_kv_head": config.first_kv_head,
-            "mean": mean,
-        }
-        if isinstance(form, Polar):
-            return PolarCodec(form, *shape, **place)
-        return TurboQuantCodec(form, *shape, **place)
 
     def _reader(self, layout: PageLayout, pool: Array, layer: int, stream: Stream) -> StreamReader:
         form = self.config.layer_codecs(layer)[stream == "value"]

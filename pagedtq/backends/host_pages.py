@@ -14,7 +14,48 @@ from .dtypes import check_shape
 Array = npt.NDArray[Any]
 
 
-class PageBytes:
+class SlabRules:
+    """What holds for whole pages wherever their pool lies.
+
+    Parameters
+    ----------
+    layout : PageLayout
+        Where everything lies.
+    """
+
+    def __init__(self, layout: PageLayout) -> None:
+        self._layout = layout
+
+    def check(self, pages: Array) -> None:
+        """Refuse page ids that are not integers inside the pool (the null page included)."""
+        total = self._layout.config.num_pages
+        if not isinstance(pages, np.ndarray) or pages.dtype.kind not in "iu" or pages.ndim != 1:
+            raise ArgumentError("page ids must be a one-dimensional integer array")
+        if pages.size and not (pages.min() > 0 and pages.max() < total):
+            bad = pages[(pages <= 0) | (pages >= total)][0]
+            raise ArgumentError(f"page ids must be in [1, {total - 1}], got {bad}")
+
+    def clear_slots(self, slab: Array, layer: int, first: int) -> None:
+        """Zero everything a slab holds of a layer's tokens from slot ``first`` on.
+
+        Bounds are of the page, not of a token, and stay.
+        """
+        heads, extent = self._layout.config.num_kv_heads, self._layout.extents[layer]
+        for name, plane in extent.planes.items():
+            if name == "key_bounds":
+                continue
+            offset = self._layout.slab_offsets[layer] + plane.offset
+            strides = (extent.nbytes, *np.empty(plane.shape, plane.dtype).strides)
+            shape = (heads, *plane.shape)
+            view: Array = np.ndarray(shape, plane.dtype, slab, offset, strides)
+            if plane.interleaved:
+                view[:, first // 2, :, first % 2 :] = 0
+                view[:, first // 2 + 1 :] = 0
+            else:
+                view[:, first:] = 0
+
+
+class PageBytes(SlabRules):
     """Whole-page operations on a pool: all layers and heads at once.
 
     Parameters
@@ -26,8 +67,7 @@ class PageBytes:
     """
 
     def __init__(self, layout: PageLayout, pool: Array) -> None:
-        self._layout = layout
-        self._pool = pool
+        super().__init__(layout)
         self._layers = [layout.layer_view(pool, i) for i in range(len(layout.extents))]
         self._norms = [
             layout.plane_view(pool, layer, name)
@@ -78,34 +118,6 @@ class PageBytes:
         chosen = _as_slice(pages)
         for part, view in self._slab_parts(slabs):
             view[chosen] = part.reshape(len(pages), *view.shape[1:])
-
-    def check(self, pages: Array) -> None:
-        """Refuse page ids that are not integers inside the pool (the null page included)."""
-        total = self._layout.config.num_pages
-        if not isinstance(pages, np.ndarray) or pages.dtype.kind not in "iu" or pages.ndim != 1:
-            raise ArgumentError("page ids must be a one-dimensional integer array")
-        if pages.size and not (pages.min() > 0 and pages.max() < total):
-            bad = pages[(pages <= 0) | (pages >= total)][0]
-            raise ArgumentError(f"page ids must be in [1, {total - 1}], got {bad}")
-
-    def clear_slots(self, slab: Array, layer: int, first: int) -> None:
-        """Zero everything a slab holds of a layer's tokens from slot ``first`` on.
-
-        Bounds are of the page, not of a token, and stay.
-        """
-        heads, extent = self._layout.config.num_kv_heads, self._layout.extents[layer]
-        for name, plane in extent.planes.items():
-            if name == "key_bounds":
-                continue
-            offset = self._layout.slab_offsets[layer] + plane.offset
-            strides = (extent.nbytes, *np.empty(plane.shape, plane.dtype).strides)
-            shape = (heads, *plane.shape)
-            view: Array = np.ndarray(shape, plane.dtype, slab, offset, strides)
-            if plane.interleaved:
-                view[:, first // 2, :, first % 2 :] = 0
-                view[:, first // 2 + 1 :] = 0
-            else:
-                view[:, first:] = 0
 
     def _slab_parts(self, slabs: Array) -> list[tuple[Array, Array]]:
         sizes = self._layout.layer_page_bytes

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..codec import VectorCodec
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..paging.arguments import integer, token_counts
 from ..paging.table_views import Reads
 from .dtypes import as_float32, check_range, check_shape
@@ -38,20 +38,25 @@ class QueryTokens(NamedTuple):
     floor: Array
 
 
-def check_queries(
-    queries: Array,
+def check_query_shapes(
+    queries: Any,
     reads: Reads,
     q_lens: Array | None,
     num_kv_heads: int,
     head_dim: int,
     window_left: int | None,
-) -> QueryTokens:
-    """Check queries ``[tokens, num_q_heads, head_dim]`` and lay them out by KV head.
+) -> npt.NDArray[np.int64]:
+    """Check everything about queries but their content, wherever they lie.
+
+    Returns
+    -------
+    int64[batch]
+        Query tokens of each sequence.
 
     Raises
     ------
-    ArgumentError, ArgumentTypeError, NonFiniteError
-        Wrong shape, type or content; more query tokens than tokens in a sequence.
+    ArgumentError, ArgumentTypeError
+        Wrong shape; more query tokens than tokens in a sequence.
     UnsupportedError
         A group (query heads per KV head) above 64.
     """
@@ -67,20 +72,54 @@ def check_queries(
     if group > MAX_GROUP:
         raise UnsupportedError(f"groups of 1 to {MAX_GROUP} query heads are supported, got {group}")
     if window_left is not None:
-        window_left = integer("window_left", window_left, 0)
+        integer("window_left", window_left, 0)
     short = np.flatnonzero(lens > np.maximum(reads.kv_lens, 1 if q_lens is None else 0))
     if short.size:
         at = int(short[0])
         raise ArgumentError(
             f"sequence {at} of the batch has {reads.kv_lens[at]} tokens, got {lens[at]} queries"
         )
+    return lens
+
+
+def check_queries(
+    queries: Array,
+    reads: Reads,
+    q_lens: Array | None,
+    num_kv_heads: int,
+    head_dim: int,
+    window_left: int | None,
+) -> QueryTokens:
+    """Check queries ``[tokens, num_q_heads, head_dim]`` and lay them out by KV head.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError, UnsupportedError
+        As `check_query_shapes`; wrong type.
+    NonFiniteError
+        NaN or infinity.
+    """
+    lens = check_query_shapes(queries, reads, q_lens, num_kv_heads, head_dim, window_left)
     values = as_float32(queries, "queries")
     check_range(values, "queries", "f32")
     within = np.arange(len(values)) - np.repeat(np.cumsum(lens) - lens, lens)
     last = np.repeat(reads.kv_lens - lens, lens) + within
     floor = np.zeros_like(last) if window_left is None else np.maximum(last - window_left, 0)
+    group = values.shape[1] // num_kv_heads
     shaped = values.reshape(-1, num_kv_heads, group, head_dim).astype(np.float64)
     return QueryTokens(shaped, lens, last, floor)
+
+
+def check_scale(sm_scale: float, soft_cap: float | None) -> None:
+    """Refuse logit scales and caps that are not finite numbers, and caps that are not positive."""
+    for name, value in (("sm_scale", sm_scale), ("soft_cap", 0 if soft_cap is None else soft_cap)):
+        is_number = isinstance(value, float | int | np.floating | np.integer)
+        if not is_number or isinstance(value, bool):
+            raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not np.isfinite(sm_scale):
+        raise ArgumentError(f"sm_scale must be finite, got {sm_scale}")
+    if soft_cap is not None and not (np.isfinite(soft_cap) and soft_cap > 0):
+        raise ArgumentError(f"soft_cap must be positive and finite, got {soft_cap}")
 
 
 class PreparedQueries(NamedTuple):

@@ -66,7 +66,12 @@ def stats_places(table: Array, reads: Reads, page_size: int) -> StatsPlaces:
 
 
 def page_stats(
-    scores: Any, starts: tuple[Any, Any], numbers: Any, maximum: Any, mass: Any
+    scores: Any,
+    starts: tuple[Any, Any],
+    numbers: Any,
+    maximum: Any,
+    mass: Any,
+    sm_scale: float = 1.0,
 ) -> Launch:
     """Reduce scores to a maximum and a mass per page; the twin of `host_score.page_stats`.
 
@@ -80,6 +85,8 @@ def page_stats(
         From `stats_places`.
     maximum, mass : float32 ``[num_q_heads, total_pages]``
         Results.
+    sm_scale : float
+        Scale of the logits in the mass.
     """
     batch, stride = numbers.shape
     num_heads, num_pages = maximum.shape
@@ -89,5 +96,5 @@ def page_stats(
         "page_stats",
         {},
         (batch, num_heads),
-        (scores, *starts, numbers, *sizes, maximum, mass),
+        (scores, *starts, numbers, *sizes, maximum, mass, np.float32(sm_scale)),
     )

@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..codec import VectorCodec
+from ..codec import PolarCodec, TurboQuantCodec, VectorCodec
 from ..codec.validation import MAX_NORM
-from ..config import CacheConfig, Dtype, Exact
+from ..config import CacheConfig, Dtype, Exact, Polar, TurboQuant
 from ..errors import ArgumentError, SlotError, UnsupportedError
 from ..paging.arguments import integers
 from .dtypes import (
@@ -63,6 +63,45 @@ class TokenBatch(NamedTuple):
             return wide
         out = work_array(stream + ".rounded", raw.shape, np.float32)
         return round_to(wide, self.kv_dtype, out)
+
+
+def layer_codecs(config: CacheConfig, layer: int, mean: Float32 | None) -> Codecs:
+    """Build the encoders of a layer's keys and values; None for an exact stream.
+
+    Parameters
+    ----------
+    config : CacheConfig
+        Which codecs.
+    layer : int
+        The layer.
+    mean : ndarray of float32 ``[num_kv_heads, head_dim]`` or None
+        Key mean.
+    """
+    key, value = (
+        None if isinstance(form, Exact) else _codec(config, form, layer, stream, center)
+        for stream, form, center in zip(_STREAMS, config.layer_codecs(layer), (mean, None))
+    )
+    return key, value
+
+
+def _codec(
+    config: CacheConfig,
+    form: TurboQuant | Polar,
+    layer: int,
+    stream: Literal["key", "value"],
+    mean: Float32 | None,
+) -> VectorCodec:
+    shape = config.head_dim, config.num_kv_heads
+    place: dict[str, Any] = {
+        "seed": config.seed,
+        "layer": layer,
+        "stream": stream,
+        "first_kv_head": config.first_kv_head,
+        "mean": mean,
+    }
+    if isinstance(form, Polar):
+        return PolarCodec(form, *shape, **place)
+    return TurboQuantCodec(form, *shape, **place)
 
 
 def check_tokens(

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy.typing as npt
 
-from ..backends import select_backend
+from ..backends import BackendFactory, BackendName, select_backend
 from ..backends.dtypes import check_shape
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, ArgumentTypeError, StepError
@@ -31,8 +31,10 @@ class PagedKVCache(CacheSwaps):
     ----------
     config : CacheConfig
         Shape, codecs, pool size, exact window.
-    backend : {"auto", "host"}
-        Where bytes live and who computes. ``"auto"`` picks what this machine has.
+    backend : {"auto", "host", "cuda"} or callable
+        Where bytes live and who computes. ``"auto"`` picks CUDA where there is a device and kernels
+        for this configuration; ``repr`` says what was picked. A callable makes the backend, see
+        `select_backend`.
     key_means : ndarray of float32 ``[num_layers, num_kv_heads, head_dim]``, optional
         Subtracted from keys before coding; softmax is unchanged by it, scores and lse add it back.
         Fixed for the life of the cache.
@@ -43,7 +45,8 @@ class PagedKVCache(CacheSwaps):
     sharing : SharingOptions, optional
         Share pages between sequences that begin with the same tokens; without it only forks share.
     debug : bool
-        Poison pages that are free or fresh, and check all invariants after every change.
+        Poison pages that are free or fresh, check all invariants after every change, and look at
+        the content of arrays on a device (which waits for it).
 
     Notes
     -----
@@ -55,7 +58,7 @@ class PagedKVCache(CacheSwaps):
     def __init__(
         self,
         config: CacheConfig,
-        backend: Literal["auto", "host"] = "auto",
+        backend: BackendName | BackendFactory = "auto",
         *,
         key_means: Array | None = None,
         accumulate: Literal["float32", "float64"] = "float32",
@@ -75,7 +78,12 @@ class PagedKVCache(CacheSwaps):
             config.num_host_pages,
         )
         chosen = select_backend(
-            backend, config, key_means=key_means, accumulate=accumulate, num_threads=num_threads
+            backend,
+            config,
+            key_means=key_means,
+            accumulate=accumulate,
+            num_threads=num_threads,
+            validate=debug,
         )
         super().__init__(config, chosen, tables, debug)
         self.backend.page_owners = self.tables.pool.ref_counts
@@ -88,7 +96,8 @@ class PagedKVCache(CacheSwaps):
         config = self.config
         return (
             f"PagedKVCache({config.num_pages} pages x {config.page_size} tokens, "
-            f"keys {config.keys}, values {config.values}, {used:.0%} used, {self.backend.name})"
+            f"keys {config.keys}, values {config.values}, {used:.0%} used, "
+            f"{self.backend.description})"
         )
 
     # -- sequences ---------------------------------------------------------------------------
@@ -361,6 +370,32 @@ class PagedKVCache(CacheSwaps):
             self.backend.write(layer, batch, plan.slot_mapping)
         self.backend.write_bounds(layer, plan.filled_pages)
         self._stored.add(layer)
+
+    def mark_stored(self, layers: Sequence[int] | None = None) -> None:
+        """Say that layers of the open step were stored by other means: a captured graph.
+
+        Whoever replays a graph has brought the step's mappings to where the graph reads them; the
+        cache believes it.
+
+        Parameters
+        ----------
+        layers : sequence of int, optional
+            Which; all by default.
+
+        Raises
+        ------
+        StepError
+            No step is open, or one of the layers is stored already.
+        ArgumentError
+            There is no such layer.
+        """
+        self._open_step("mark_stored")
+        chosen = range(self.config.num_layers) if layers is None else layers
+        for layer in chosen:
+            self._check_layer(layer)
+            if layer in self._stored:
+                raise StepError(f"layer {layer} is already stored in this step")
+        self._stored |= set(chosen)
 
     def commit(self, publish_to: Sequence[int] | Array | None = None) -> None:
         """Close the open step; every layer must be stored. Complete blocks can now be found.

@@ -10,8 +10,7 @@ import numpy.typing as npt
 
 from ..backends import Backend
 from ..backends.host_bounds import PageBounds
-from ..backends.host_score import PageStats, Scores, page_stats
-from ..backends.states import add_sink, merge_states
+from ..backends.host_score import PageStats, Scores
 from ..config import CacheConfig
 from ..errors import ArgumentError, StepError
 from ..paging.arguments import Int64, integer, integers
@@ -102,7 +101,7 @@ class CacheReads:
         overlay = self.config.has_overlay(layer)
         reads = self.tables.reads(ids, overlay)
         table = self.tables.block_table(ids)
-        out, lse = self.backend.attend(
+        return self.backend.attend(
             layer,
             queries,
             table,
@@ -112,26 +111,11 @@ class CacheReads:
             keys,
             values,
             soft_cap=soft_cap,
-            sink_logits=None if overlay else sink_logits,
+            sink_logits=sink_logits,
             window_left=window_left,
             alibi_slopes=alibi_slopes,
+            window=self._window_of(ids) if overlay else None,
         )
-        if not overlay:
-            return out, lse
-        exact = self.backend.attend_window(
-            layer,
-            queries,
-            self.tables.window_slots(ids),
-            self.tables.sink_records(ids),
-            reads,
-            scale,
-            lens,
-            chunk_apart=keys is not None,
-            soft_cap=soft_cap,
-            window_left=window_left,
-        )
-        merged = merge_states((out, exact[0]), (lse, exact[1]))
-        return add_sink(*merged, sink_logits)
 
     def score(self, layer: int, queries: Array, seq_ids: SeqIds) -> Scores:
         """Score one query token per sequence against its readable keys.
@@ -153,11 +137,9 @@ class CacheReads:
         ids = self._readable(layer, seq_ids)
         overlay = self.config.has_overlay(layer)
         reads = self.tables.reads(ids, overlay)
-        scores = self.backend.score(layer, queries, self.tables.block_table(ids), reads)
-        if not overlay:
-            return scores
-        return self.backend.window(layer).add_scores(
-            scores, queries, self.tables.window_slots(ids), self.tables.sink_records(ids), reads
+        window = self._window_of(ids) if overlay else None
+        return self.backend.score(
+            layer, queries, self.tables.block_table(ids), reads, window=window
         )
 
     def page_stats(self, scores: Scores, sm_scale: float = 1.0) -> PageStats:
@@ -170,7 +152,7 @@ class CacheReads:
         sm_scale : float
             Scale of the logits in the mass.
         """
-        return page_stats(scores, self.config.page_size, sm_scale)
+        return self.backend.page_stats(scores, sm_scale)
 
     def score_bounds(self, layer: int, queries: Array, seq_ids: SeqIds) -> PageBounds:
         """Bound `score`'s result by page, from the key bounds alone: no code is read.
@@ -300,6 +282,9 @@ class CacheReads:
         if isinstance(seq_ids, int | np.integer):
             seq_ids = np.array([seq_ids])
         return integers("seq_ids", seq_ids)
+
+    def _window_of(self, ids: Array) -> tuple[Array, Array]:
+        return self.tables.window_slots(ids), self.tables.sink_records(ids)
 
     def _check_layer(self, layer: int) -> None:
         integer("layer", layer, 0, self.config.num_layers - 1)

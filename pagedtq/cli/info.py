@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 
 from .. import __version__
-from ..backends import kernel_source
+from ..backends import BACKEND_VARIABLE, kernel_source
+from ..backends.cupy_device import CupyDevice, missing_cuda
 from ..config import FORMAT_VERSION
 from ..errors import BackendUnavailable
 from .arguments import Commands, add_command
@@ -36,7 +37,7 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     packages : dict of str to str or None
         Installed versions; None if absent.
     backends : dict of str to str
-        ``"available"``, or why not.
+        ``"available"``, or why not; and which one ``"auto"`` picks.
     kernels : str
         How many CUDA sources there are and their digest, or what is wrong.
     """
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def collect_info() -> Info:
-    """Look at this process and machine. Imports nothing optional."""
+    """Look at this process and machine. Imports nothing optional but CuPy, if it is installed."""
     affinity = getattr(os, "sched_getaffinity", None)
     return Info(
         schema=1,
@@ -90,9 +91,19 @@ def collect_info() -> Info:
         cpu=_cpu(),
         cores=len(affinity(0)) if affinity else os.cpu_count() or 1,
         packages={name: _version(name) for name in _PACKAGES},
-        backends={"host": "available", "cuda": "not in this version"},
+        backends=_backends(),
         kernels=_kernels(),
     )
+
+
+def _backends() -> dict[str, str]:
+    missing = missing_cuda()
+    picked = os.environ.get(BACKEND_VARIABLE) or ("cuda" if missing is None else "host")
+    return {
+        "host": "available",
+        "cuda": f"available, {CupyDevice().name}" if missing is None else missing,
+        "auto": picked,
+    }
 
 
 def _version(package: str) -> str | None:

@@ -112,7 +112,7 @@ def add_parser(commands: Commands) -> None:
     real.add_argument(
         "--execute-steps", type=positive_int, default=16, help="output tokens of each"
     )
-    real.add_argument("--backend", choices=("auto", "host"), default="auto", help="where")
+    real.add_argument("--backend", choices=("auto", "host", "cuda"), default="auto", help="where")
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, default=Path("simulate-report"), help="report folder")
     output.add_argument("--no-plots", action="store_true", help="write no PNG files")

@@ -84,7 +84,7 @@ class GrowingSequence:
 
     def clear(self) -> None:
         """Drop all tokens and return to the first size."""
-        self._cache = PagedKVCache(self._config, accumulate="float64")
+        self._cache = PagedKVCache(self._config, "host", accumulate="float64")
         self._seq = self._cache.open()
         self._start = 0
 
@@ -143,7 +143,9 @@ class GrowingSequence:
     def _move(self, num_pages: int) -> None:
         """Move to a new cache of that many pages, without the blocks that are dropped."""
         old, first = self._cache, self._start // PAGE_SIZE
-        cache = PagedKVCache(self._config.replace(num_pages=num_pages + 1), accumulate="float64")
+        cache = PagedKVCache(
+            self._config.replace(num_pages=num_pages + 1), "host", accumulate="float64"
+        )
         seq = cache.open()
         length = old.length(self._seq) - first * PAGE_SIZE
         # The pages arrive whole, so the new tables take their tokens without a store.

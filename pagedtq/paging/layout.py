@@ -210,31 +210,27 @@ class PageLayout:
         return self.page_bytes / self.config.page_size
 
     def layer_view(self, pool: Any, layer: int) -> Any:
-        """View a layer of a pool as ``uint8[num_pages, num_kv_heads, extent_bytes]``."""
-        extent = self.extents[layer].nbytes
-        return _strided(
-            pool,
-            self.layer_offsets[layer],
-            (self.config.num_pages, self.config.num_kv_heads, extent),
-            (self.page_strides[layer], extent, 1),
-            np.dtype("u1"),
-        )
+        """View a layer of a pool as ``uint8[num_pages, num_kv_heads, extent_bytes]``.
+
+        The view writes through to the pool. NumPy and CuPy pools alike.
+        """
+        pages, size = self.config.num_pages, self.layer_page_bytes[layer]
+        start = self.layer_offsets[layer]
+        if self.config.pool_order == "layer_major":
+            rows = pool[start : start + pages * size].reshape(pages, size)
+        else:
+            rows = pool.reshape(pages, self.page_bytes)[:, start : start + size]
+        return rows.reshape(pages, self.config.num_kv_heads, self.extents[layer].nbytes)
 
     def plane_view(self, pool: Any, layer: int, name: str) -> Any:
         """View one plane of a layer as ``[num_pages, num_kv_heads, *plane.shape]``.
 
         The view writes through to the pool. NumPy and CuPy pools alike.
         """
-        extent = self.extents[layer]
-        plane = extent.planes[name]
-        inner = np.empty(plane.shape, plane.dtype).strides
-        return _strided(
-            pool,
-            self.layer_offsets[layer] + plane.offset,
-            (self.config.num_pages, self.config.num_kv_heads, *plane.shape),
-            (self.page_strides[layer], extent.nbytes, *inner),
-            plane.dtype,
-        )
+        plane = self.extents[layer].planes[name]
+        inside = slice(plane.offset, plane.offset + plane.nbytes)
+        extents = self.layer_view(pool, layer)[:, :, inside].view(plane.dtype)
+        return extents.reshape(*extents.shape[:2], *plane.shape)
 
     def kernel_macros(self, layer: int) -> dict[str, int]:
         """Return the ``-D`` macros that specialise kernels for a layer.
@@ -244,18 +240,6 @@ class PageLayout:
         multiple of 16 tokens. Page size, strides and the number of heads stay run-time values.
         """
         return kernel_macros(self, layer)
-
-
-def _strided(
-    pool: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]
-) -> Any:
-    flat = pool[offset : pool.size - (pool.size - offset) % dtype.itemsize].view(dtype)
-    if isinstance(pool, np.ndarray):
-        return np.lib.stride_tricks.as_strided(flat, shape, strides)
-    # CuPy mirrors the function; imported only when the pool is a CuPy array.
-    from cupy.lib.stride_tricks import as_strided
-
-    return as_strided(flat, shape, strides)
 
 
 def _align(size: int, unit: int) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..backends import BackendFactory, BackendName
 from ..cache import PagedKVCache
 from ..errors import ArgumentError
 from ..models import ModelShape
@@ -61,7 +62,7 @@ def execute_format(
     model: ModelShape,
     *,
     page_size: int = 64,
-    backend: str = "auto",
+    backend: BackendName | BackendFactory = "auto",
     num_requests: int = 4,
     max_steps: int = 16,
     chunk_tokens: int = 2048,
@@ -80,7 +81,7 @@ def execute_format(
         Layers and heads.
     page_size : int
         Tokens in a page.
-    backend : str
+    backend : {"auto", "host", "cuda"} or callable
         Of ``PagedKVCache``.
     num_requests : int
         Sequences, all decoding together.
@@ -110,7 +111,7 @@ def execute_format(
     config = storage.config(
         model, page_size, num_pages=pages + 1, num_window_slots=len(prompts), seed=seed
     )
-    cache = PagedKVCache(config, backend=backend)  # type: ignore[arg-type]
+    cache = PagedKVCache(config, backend=backend)
     rng = np.random.Generator(np.random.PCG64(seed))
     requests = [
         _Request(cache.open(), prompt, output, model, rng)
@@ -136,7 +137,7 @@ def execute_format(
         for layer in range(model.num_layers):
             cache.store(layer, keys, values)
             before = time.perf_counter()
-            out, _ = cache.attend(layer, queries, ids)
+            out = cache.backend.to_host(cache.attend(layer, queries, ids)[0])
             attend_seconds += time.perf_counter() - before
             if layer == 0:
                 first = out

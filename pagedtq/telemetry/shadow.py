@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from ..backends import BackendFactory, BackendName
 from ..backends.host_score import Scores
 from ..cache import MemoryReport, PagedKVCache
 from ..config import CacheConfig, Dtype, Exact
@@ -88,7 +89,7 @@ class ShadowedCache(PagedKVCache):
     ----------
     config : CacheConfig
         As `PagedKVCache`.
-    backend : {"auto", "host"}
+    backend : {"auto", "host", "cuda"} or callable
         As `PagedKVCache`.
     fraction : float
         Share of the opened sequences that get a shadow; forks of those get one always.
@@ -105,7 +106,7 @@ class ShadowedCache(PagedKVCache):
     def __init__(
         self,
         config: CacheConfig,
-        backend: Literal["auto", "host"] = "auto",
+        backend: BackendName | BackendFactory = "auto",
         *,
         fraction: float = 0.1,
         layers: Sequence[int] | None = None,
@@ -301,11 +302,15 @@ class ShadowedCache(PagedKVCache):
                 None if values is None else values[mine],
                 **options,
             )
+            to_host = self.backend.to_host
+            exact, exact_lse = to_host(exact), to_host(exact_lse)
             size = np.linalg.norm(exact, axis=-1)
-            error = np.linalg.norm(out[mine] - exact, axis=-1)
+            error = np.linalg.norm(to_host(out)[mine] - exact, axis=-1)
             self._errors[layer, "output"].add(error[size > 0] / size[size > 0])
             readable = np.isfinite(exact_lse)
-            self._errors[layer, "lse"].add(np.abs(lse[mine][readable] - exact_lse[readable]))
+            self._errors[layer, "lse"].add(
+                np.abs(to_host(lse)[mine][readable] - exact_lse[readable])
+            )
         return out, lse
 
     def score(self, layer: int, queries: Array, seq_ids: SeqIds) -> Scores:
@@ -313,9 +318,10 @@ class ShadowedCache(PagedKVCache):
         scores = super().score(layer, queries, seq_ids)
         chosen, twins = self._shadowed(layer, seq_ids)
         if twins.size:
-            exact = self.shadow.score(self._places[layer], queries[chosen], twins)
+            exact = self._on_host(self.shadow.score(self._places[layer], queries[chosen], twins))
+            mine = self._on_host(scores)
             for index, member in enumerate(np.flatnonzero(chosen).tolist()):
-                error = np.abs(scores.of(member)[0] - exact.of(index)[0])
+                error = np.abs(mine.of(member)[0] - exact.of(index)[0])
                 self._errors[layer, "logit"].add(error / np.sqrt(self.config.head_dim))
         return scores
 
@@ -347,6 +353,9 @@ class ShadowedCache(PagedKVCache):
         """Prove the invariants of cache and shadows."""
         super().check_integrity()
         self.shadow.check_integrity()
+
+    def _on_host(self, scores: Scores) -> Scores:
+        return scores._replace(values=self.backend.to_host(scores.values))
 
     def _shadowed(self, layer: int, seq_ids: SeqIds) -> tuple[Array, Array]:
         """Return which members of a batch have a shadow in a layer, and the shadows' ids."""

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 
+from ..backends import BackendFactory, BackendName
 from ..cache import PagedKVCache
 from ..config import CacheConfig
 from ..errors import ArgumentError, WireMalformed, WireMismatch, WireTruncated
@@ -56,7 +57,7 @@ def save_cache(cache: PagedKVCache, path: AnyPath) -> None:
 
 def load_cache(
     path: AnyPath,
-    backend: Literal["auto", "host"] = "auto",
+    backend: BackendName | BackendFactory = "auto",
     *,
     config: CacheConfig | None = None,
     accumulate: Literal["float32", "float64"] = "float32",
@@ -73,7 +74,7 @@ def load_cache(
     ----------
     path : path
         The file.
-    backend : {"auto", "host"}
+    backend : {"auto", "host", "cuda"} or callable
         As `PagedKVCache`.
     config : CacheConfig, optional
         The configuration to load into: it may differ from the saved one in ``num_pages``,

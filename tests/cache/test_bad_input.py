@@ -725,7 +725,7 @@ WHOLE_PAGES = cases(
 MEANS = (LAYERS, HEADS, DIM)
 CONSTRUCTION = cases(
     "window",
-    ("a backend that is not", BAD, "auto or host", lambda s: PagedKVCache(s.config, "tpu")),
+    ("a backend that is not", BAD, "auto, host or cuda", lambda s: PagedKVCache(s.config, "tpu")),
     (
         "a type to accumulate in",
         BAD,

@@ -154,10 +154,11 @@ def remaining_attend() -> Iterator[AttendKernel]:
 def untuned_attend() -> Iterator[AttendKernel]:
     """Attention kernels that decode element by element: right, without a claim to speed."""
     for head_dim in (20, 64, 80, 112, 128, 192):
-        yield _attend(head_dim, 8, 8, tile=16)
-        yield _attend(head_dim, 1, 5, tile=16)
-        yield _attend(head_dim, 17, 32, tile=16)
-        yield _attend(head_dim, 3, 3, tile=16)
+        yield _attend(head_dim, 8, 8)
+        yield _attend(head_dim, 1, 5)
+        yield _attend(head_dim, 17, 32)
+    for head_dim in (20, 80, 112, 192):
+        yield _attend(head_dim, 3, 3)
 
 
 def remaining_pages() -> Iterator[Specialisation]:

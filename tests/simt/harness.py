@@ -159,7 +159,7 @@ class Kernels:
         if argument is None:
             return ctypes.c_void_p(0)
         if isinstance(argument, np.ndarray):
-            if isinstance(argument.base, _GuardedBase):
+            if isinstance(argument, _GuardedBase) or isinstance(argument.base, _GuardedBase):
                 return ctypes.c_void_p(argument.ctypes.data)
             memory = _Guarded(argument.shape, argument.dtype)
             memory.array[...] = argument

@@ -1,0 +1,85 @@
+"""The stages that run as other processes: the GPU suite and compute-sanitizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.figures import suite_counts
+
+ROOT = Path(__file__).parents[2]
+
+#: What is small enough to run under compute-sanitizer.
+SMALL = "history or prefix or captured or swapped or caps"
+_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
+
+
+def pytest_command(*options: str) -> list[str]:
+    """Return the command of the GPU suite."""
+    return [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", *options]
+
+
+def find_sanitizer() -> str | None:
+    """Return compute-sanitizer's path; None if it is not installed."""
+    found = shutil.which("compute-sanitizer")
+    if found is not None:
+        return found
+    return next((f for p in _PLACES if os.access(f := f"{p}/compute-sanitizer", os.X_OK)), None)
+
+
+def sanitizer_command(tool: str, path: str) -> list[str]:
+    """Return the command of one tool over the small part of the suite."""
+    options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+    return [path, *options, *pytest_command("-x", "-k", SMALL)]
+
+
+def run_stage(
+    name: str,
+    command: Sequence[str],
+    seconds: float,
+    extra: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run a command and describe how it ended.
+
+    Returns
+    -------
+    dict
+        ``stage``, ``state`` (``passed``, ``failed``, ``out of time``), ``seconds``, ``tests``, and
+        for what failed the end of its ``output``.
+    """
+    begin = time.perf_counter()
+    environment = {**os.environ, "PAGEDTQ_REQUIRE_GPU": "1", **(extra or {})}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=max(1.0, seconds),
+            check=False,
+        )
+        output, state = done.stdout, "passed" if done.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired as error:
+        raw = error.stdout or b""
+        output = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+        state = "out of time"
+    stage = {
+        "stage": name,
+        "state": state,
+        "seconds": time.perf_counter() - begin,
+        "tests": suite_counts(output),
+    }
+    return stage if state == "passed" else {**stage, "output": output[-4000:]}
+
+
+def skipped(name: str, reason: str) -> dict[str, Any]:
+    """Describe a stage that did not run."""
+    return {"stage": name, "state": f"not run: {reason}", "seconds": 0.0, "tests": {}}

@@ -1,0 +1,370 @@
+"""The CUDA backend: every data-plane operation by kernels, on the same page bytes as the host."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..codec.constants import constant_bytes
+from ..config import CacheConfig, Dtype
+from ..errors import ArgumentError, UnsupportedError
+from ..paging.arguments import integer
+from ..paging.layout import PageLayout
+from ..paging.table_views import Reads
+from .cuda_layer import CudaLayer, refuse_unsupported
+from .cuda_operands import DeviceTokens, Operands
+from .cuda_pages import CudaPages, SwappedPages
+from .cuda_plan import AttendPlan
+from .cuda_score import page_stats, score
+from .cuda_window import CudaWindow
+from .device import Device, DeviceArray, Event
+from .dtypes import STORAGE
+from .host_bounds import PageBounds
+from .host_score import PageStats, Scores
+from .queries import check_query_shapes, check_scale
+from .tokens import check_means
+
+Array = npt.NDArray[Any]
+
+# Step shapes whose buffers are kept; a serving engine decodes with a few batch sizes.
+_PLANS = 16
+
+
+class CudaBackend:
+    """Store, score and attend on pages with CUDA kernels.
+
+    Operations, argument order and refusals are those of `HostBackend`. Arguments may be NumPy
+    arrays, which are checked in full and uploaded, or arrays on the device: CuPy's, or anything
+    with ``__dlpack__`` such as PyTorch's, which are read in place. Results are CuPy arrays
+    (float32, ``lse`` included), which export DLPack.
+
+    Parameters
+    ----------
+    config : CacheConfig
+        Shape, codecs and pool size.
+    key_means : ndarray of float32 ``[num_layers, num_kv_heads, head_dim]`` or None
+        As `HostBackend`.
+    device : Device, optional
+        Where to run; CuPy's current device by default.
+    validate : bool
+        Check the content of device arrays too (NaN, overflow, slots): every call then waits for
+        the device. Host arrays are always checked.
+    split_tokens : int, optional
+        Cut sequences into parts of so many tokens whatever the batch, so that a sequence gets the
+        same result to the bit alone and in any batch. By default parts fill the device.
+
+    Attributes
+    ----------
+    pool : array of uint8
+        All pages, on the device (`PageLayout` says where everything lies).
+    pages : CudaPages
+        Whole pages of the pool.
+    page_owners : ndarray of int ``[num_pages]`` or None
+        As `HostBackend`: slots in host arrays are checked against it.
+
+    Raises
+    ------
+    BackendUnavailable
+        Without CuPy or a device.
+    UnsupportedError
+        For a configuration that no kernel reads; the message lists what is supported.
+
+    Notes
+    -----
+    Work goes to the current stream, and nothing waits for it but results that are asked for on the
+    host. A backend may be used on one stream at a time; `plan` gives buffers for more.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        key_means: Array | None = None,
+        *,
+        device: Device | None = None,
+        validate: bool = False,
+        split_tokens: int | None = None,
+    ) -> None:
+        refuse_unsupported(config)
+        if split_tokens is not None:
+            integer("split_tokens", split_tokens, config.page_size)
+        if device is None:
+            from .cupy_device import CupyDevice
+
+            device = CupyDevice()
+        self.config, self.device, self.split_tokens = config, device, split_tokens
+        self.layout = PageLayout(config)
+        self.key_means = check_means(key_means, config)
+        self.operands = Operands(device, config, validate)
+        self.pool: DeviceArray = device.zeros((self.layout.pool_bytes,), np.uint8)
+        means = [None] * config.num_layers if self.key_means is None else list(self.key_means)
+        self.layers = [
+            CudaLayer(self.layout, self.pool, layer, mean, self.operands)
+            for layer, mean in enumerate(means)
+        ]
+        self.pages = CudaPages(self.layout, self.pool, self.operands)
+        self.page_owners: Array | None = None
+        self._plans: OrderedDict[tuple[int, ...], AttendPlan] = OrderedDict()
+
+    @property
+    def description(self) -> str:
+        """What computes, for people."""
+        return f"cuda on {self.device.name}"
+
+    @property
+    def codec_bytes(self) -> int:
+        """Bytes of what codecs keep beside the pages, on the host and on the device."""
+        tables = [
+            table
+            for layer in self.layers
+            for stream in (layer.key_tables, layer.value_tables)
+            for table in stream or ()
+            if table is not None
+        ]
+        on_host = constant_bytes([layer.codecs for layer in self.layers])
+        return on_host + sum(table.nbytes for table in tables)
+
+    @property
+    def validate(self) -> bool:
+        """Whether the content of device arrays is checked."""
+        return self.operands.validate
+
+    # -- writing -----------------------------------------------------------------------------
+
+    def check(self, layer: int, keys: Any, values: Any, dtype: Dtype | None = None) -> DeviceTokens:
+        """Check tokens of one layer for `write`; writes nothing."""
+        return self.operands.tokens(layer, self.layer(layer).codecs, keys, values, dtype)
+
+    def store(
+        self, layer: int, keys: Any, values: Any, slot_mapping: Any, dtype: Dtype | None = None
+    ) -> None:
+        """Encode tokens into page slots; see `HostBackend.store`.
+
+        A mapping on the device (``int64``) is trusted: negative slots are skipped, others must be
+        distinct and inside the pool.
+        """
+        batch = self.check(layer, keys, values, dtype)
+        self.write(layer, batch, self.operands.slots(slot_mapping, self.page_owners, len(batch)))
+
+    def write(self, layer: int, batch: DeviceTokens, slots: Any) -> None:
+        """Encode checked tokens into slots that are known to be good; negative ones are skipped."""
+        if len(batch):
+            mapping = self.operands.index(slots)
+            launch = self.layers[layer].tokens.store(*batch.arrays, batch.kind, mapping)
+            self.device.launch(launch)
+
+    def seal(self, layer: int, ring_rows: Any, slot_mapping: Any) -> None:
+        """Encode tokens of the exact window into page slots; see `HostBackend.seal`."""
+        if len(ring_rows):
+            index = self.operands.index
+            launch = self.layers[layer].tokens.seal(
+                self.window(layer).ring, index(ring_rows), index(slot_mapping)
+            )
+            self.device.launch(launch)
+
+    def write_bounds(self, layer: int, pages: Any) -> None:
+        """Write the key bounds of full pages, where the configuration has them."""
+        one = self.layers[layer]
+        if one.has_bounds and len(pages):
+            self.device.launch(one.tokens.write_bounds(self.operands.index(pages)))
+
+    def window(self, layer: int) -> CudaWindow:
+        """Return the exact window of a layer that has one."""
+        window = self.layer(layer).window
+        if window is None:
+            raise ArgumentError(f"layer {layer} has no exact window")
+        return window
+
+    # -- reading -----------------------------------------------------------------------------
+
+    def plan(
+        self, batch: int, max_blocks: int, tokens: int | None = None, chunk_tokens: int = 0
+    ) -> AttendPlan:
+        """Allocate what attention over a batch of a given shape needs.
+
+        Parameters
+        ----------
+        batch : int
+            Sequences.
+        max_blocks : int
+            Blocks of the longest sequence that will come.
+        tokens : int, optional
+            Query tokens of all sequences; one each by default.
+        chunk_tokens : int
+            Most query tokens of one sequence whose own keys and values are passed along.
+        """
+        integer("batch", batch, 1)
+        integer("max_blocks", max_blocks, 1)
+        total = batch if tokens is None else integer("tokens", tokens, 0)
+        return AttendPlan(self, batch, total, max_blocks, integer("chunk_tokens", chunk_tokens, 0))
+
+    def attend(
+        self,
+        layer: int,
+        queries: Any,
+        block_table: Array,
+        reads: Reads,
+        sm_scale: float,
+        q_lens: Array | None = None,
+        keys: Any = None,
+        values: Any = None,
+        *,
+        soft_cap: float | None = None,
+        sink_logits: Any = None,
+        window_left: int | None = None,
+        alibi_slopes: object = None,
+        window: tuple[Array, Array] | None = None,
+    ) -> tuple[DeviceArray, DeviceArray]:
+        """Attend over the pages of a batch, and its exact windows; see `HostBackend.attend`.
+
+        Page tables and read ranges are sent when they differ from those of the last call with this
+        shape, so once per step for all layers.
+
+        Returns
+        -------
+        out : array of float32 ``[tokens, num_q_heads, head_dim]``
+        lse : array of float32 ``[tokens, num_q_heads]``
+        """
+        if alibi_slopes is not None:
+            raise UnsupportedError("ALiBi is not supported: alibi_slopes must be None")
+        config = self.config
+        self.layer(layer)
+        lens = check_query_shapes(
+            queries, reads, q_lens, config.num_kv_heads, config.head_dim, window_left
+        )
+        check_scale(sm_scale, soft_cap)
+        if not len(lens):
+            shape = queries.shape
+            return self.device.empty(shape, np.float32), self.device.empty(shape[:2], np.float32)
+        if window is not None:
+            self.window(layer)
+        chunk = 0 if keys is None and values is None else int(lens.max())
+        overlay = window is not None
+        plan = self._plan_for(len(lens), int(lens.sum()), block_table.shape[1], chunk, overlay)
+        plan.update(block_table, reads, lens, window)
+        return plan.attend(
+            layer,
+            queries,
+            sm_scale,
+            keys,
+            values,
+            soft_cap=soft_cap,
+            sink_logits=sink_logits,
+            window_left=window_left,
+        )
+
+    def score(
+        self,
+        layer: int,
+        queries: Any,
+        block_table: Array,
+        reads: Reads,
+        *,
+        window: tuple[Array, Array] | None = None,
+    ) -> Scores:
+        """Score one query token per sequence against its readable keys; see `HostBackend.score`.
+
+        Returns
+        -------
+        Scores
+            ``values`` on the device, ``indptr`` and ``positions`` on the host.
+        """
+        config = self.config
+        self.layer(layer)
+        lens = check_query_shapes(queries, reads, None, config.num_kv_heads, config.head_dim, None)
+        if not len(lens):
+            empty = self.device.empty((queries.shape[1], 0), np.float32)
+            return Scores(empty, np.zeros(1, np.int64), np.zeros(0, np.int64))
+        overlay = window is not None
+        plan = self._plan_for(len(lens), len(lens), block_table.shape[1], 0, overlay)
+        plan.update(block_table, reads, lens, window)
+        return score(self, plan, layer, queries, block_table, reads, window)
+
+    def page_stats(self, scores: Scores, sm_scale: float = 1.0) -> PageStats:
+        """Reduce `score`'s result to a maximum and a softmax mass per page, as NumPy arrays."""
+        return page_stats(self.device, scores, self.config.page_size, sm_scale)
+
+    def score_bounds(
+        self, layer: int, queries: Any, block_table: Array, reads: Reads
+    ) -> PageBounds:
+        """Refuse: no kernel reads key bounds, only the host's `HostBackend.score_bounds` does."""
+        raise UnsupportedError(f"{self.name} has no page bounds of scores; backend 'host' has")
+
+    def norm_ratios(self, layer: int, pages: Array) -> Array:
+        """Refuse: no kernel compares norm planes, only `HostBackend.norm_ratios` does."""
+        raise UnsupportedError(f"{self.name} has no norm ratios of pages; backend 'host' has")
+
+    def load(self, layer: int, slots: Any, dtype: Dtype = "f32") -> tuple[DeviceArray, DeviceArray]:
+        """Decode page slots; see `HostBackend.load`. Results are of type ``dtype``."""
+        one = self.layer(layer)
+        index = self.operands.slots(slots, self.page_owners, None)
+        shape = (len(index), self.config.num_kv_heads, self.config.head_dim)
+        keys, values = (self.device.empty(shape, STORAGE[dtype]) for _ in range(2))
+        if len(index):
+            self.device.launch(one.tokens.load(index, keys, values, dtype))
+        return keys, values
+
+    def host_memory(self, shape: tuple[int, ...]) -> Array:
+        """Allocate pinned bytes for the host tier, not cleared."""
+        return self.device.pinned(shape, np.uint8)
+
+    def to_host(self, array: Any) -> Array:
+        """Return a result of this backend as a NumPy array, waiting for it."""
+        return self.device.download(array)
+
+    # -- whole pages -------------------------------------------------------------------------
+
+    def copy_pages(self, src: Array, dst: Array) -> None:
+        """Copy whole pages, all layers and heads: ``dst[i]`` becomes ``src[i]``."""
+        self.pages.copy(src, dst)
+
+    def clear_norms(self, pages: Array) -> None:
+        """Zero the norm planes and key bounds of pages, so that no stale norm is ever NaN."""
+        self.pages.clear_norms(pages)
+
+    def fill_pages(self, pages: Array, byte: int) -> None:
+        """Fill whole pages with one byte (poison, in debug mode)."""
+        self.pages.fill(pages, byte)
+
+    def gather(self, pages: Array) -> DeviceArray:
+        """Copy pages out of the pool as slabs ``uint8[n, page_bytes]``, on the device."""
+        return self.pages.gather(pages)
+
+    def scatter(self, slabs: Any, pages: Array) -> None:
+        """Copy slabs ``uint8[n, page_bytes]``, of either memory, into pages of the pool."""
+        self.pages.scatter(slabs, pages)
+
+    def swap_out(self, pages: Array) -> SwappedPages:
+        """Copy pages into pinned host memory without waiting."""
+        return self.pages.swap_out(pages)
+
+    def swap_in(self, swapped: SwappedPages, pages: Array) -> Event:
+        """Copy what `swap_out` returned into pages, without waiting."""
+        return self.pages.swap_in(swapped, pages)
+
+    # -- parts -------------------------------------------------------------------------------
+
+    def layer(self, layer: int) -> CudaLayer:
+        """Return the launches and tables of a layer; ``ArgumentError`` if there is none."""
+        return self.layers[integer("layer", layer, 0, self.config.num_layers - 1)]
+
+    def _plan_for(
+        self, batch: int, tokens: int, blocks: int, chunk: int, overlay: bool
+    ) -> AttendPlan:
+        """Return a plan of this shape; tables are padded so that growing rarely needs a new one.
+
+        Layers with and without the exact window read different ranges of one step.
+        """
+        room = 1 << max(3, (blocks - 1).bit_length())
+        key = (batch, tokens, room, chunk, int(overlay))
+        plan = self._plans.pop(key, None)
+        if plan is None:
+            plan = AttendPlan(self, batch, tokens, room, chunk)
+        self._plans[key] = plan
+        while len(self._plans) > _PLANS:
+            self._plans.popitem(last=False)
+        return plan

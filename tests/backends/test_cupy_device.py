@@ -1,0 +1,173 @@
+"""The seam to CuPy, over a stand-in for CuPy: what it asks for, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import fake_cupy
+import numpy as np
+import pytest
+
+from pagedtq import CacheConfig, PagedKVCache, Polar
+from pagedtq.backends import cupy_device, why_not_cuda
+from pagedtq.backends.cupy_device import CupyDevice
+from pagedtq.backends.page_launches import Launch
+from pagedtq.errors import (
+    ArgumentTypeError,
+    BackendUnavailable,
+    KernelCompileError,
+    StepError,
+    UnsupportedError,
+)
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    module = fake_cupy.make()
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(cupy_device, "missing_cuda", lambda: None)
+    return module
+
+
+@pytest.fixture
+def device(cupy):
+    return CupyDevice()
+
+
+def launch(grid=(2, 1), **macros) -> Launch:
+    return Launch("copy_pages.cu", "copy_pages", macros, grid, (None, np.int32(3)))
+
+
+def test_without_cupy_or_a_device_the_reason_is_said(monkeypatch):
+    cupy_device.missing_cuda.cache_clear()
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(cupy_device, "find_spec", lambda name: None)
+    assert "CuPy is not installed" in cupy_device.missing_cuda()
+    with pytest.raises(BackendUnavailable, match=r"pip install 'pagedtq\[cu13\]'"):
+        CupyDevice()
+    cupy_device.missing_cuda.cache_clear()
+
+    def no_driver():
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    runtime = SimpleNamespace(getDeviceCount=no_driver)
+    broken = SimpleNamespace(cuda=SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", broken)
+    monkeypatch.setattr(cupy_device, "find_spec", lambda name: object())
+    assert "cudaErrorInsufficientDriver" in cupy_device.missing_cuda()
+    cupy_device.missing_cuda.cache_clear()
+
+
+def test_a_specialisation_is_built_once_with_the_digest_of_the_sources(device, cupy):
+    for _ in range(3):
+        device.launch(launch(A=1))
+    device.launch(launch(A=2))
+    assert len(cupy.RawModule.built) == 2
+    assert any("PAGEDTQ_SOURCE_DIGEST" in option for option in cupy.RawModule.built[0].options)
+    assert "-DA=2" in cupy.RawModule.built[1].options
+    assert cupy.RawModule.launched[0] == ("copy_pages", (2, 1), (128,), (None, np.int32(3)))
+    device.launch(launch((0, 1), A=1))
+    assert len(cupy.RawModule.launched) == 4
+
+
+def test_a_compile_error_names_the_specialisation_and_holds_the_log(device, cupy):
+    cupy.RawModule.broken = "copy_pages"
+    with pytest.raises(KernelCompileError, match=r"copy_pages.cu \[A=1 B=2\].*Fake 1.*expected a"):
+        device.launch(launch(B=2, A=1))
+
+
+def test_structures_are_passed_by_value(device, cupy):
+    shape = np.zeros((), [("a", "<i8"), ("b", "<i4")])[()]
+    device.launch(launch()._replace(arguments=(shape,)))
+    (passed,) = cupy.RawModule.launched[0][3]
+    assert isinstance(passed, np.ndarray) and passed.shape == () and passed.dtype == shape.dtype
+
+
+def test_a_staging_buffer_is_used_again_once_its_copy_has_run(device, cupy):
+    source = np.arange(100, dtype=np.int64)
+    first = device.upload(source)
+    source[:] = 0
+    assert first[99] == 99
+    buffers = device._staging
+    device.upload(source)
+    assert len(buffers._busy) + len(buffers._idle) == 1
+    fake_cupy.Event.all_done = False
+    device.upload(source), device.upload(source)
+    assert len(buffers._busy) == 3 and not buffers._idle
+    large = np.ones(5 << 20, np.uint8)
+    assert np.array_equal(device.upload(large), large)
+    assert len(buffers._busy) == 3
+
+
+def test_pinned_memory_is_copied_from_and_to_directly(device, cupy):
+    pinned = device.pinned((3, 4), np.float32)
+    pinned[...] = 5
+    array = device.empty((3, 4), np.float32)
+    device.copy_in(array, pinned, pinned=True)
+    back = device.pinned((3, 4), np.float32)
+    device.copy_out(back, array)
+    assert (back == 5).all() and not device._staging._busy
+
+
+def test_arrays_of_other_libraries_are_adopted_where_they_lie(device, cupy, monkeypatch):
+    def tensor(place, dtype="torch.float16"):
+        made = SimpleNamespace(
+            memory=np.ones(3, np.float16), dtype=dtype, __dlpack__=None, detach=lambda: made,
+            view=lambda kind: SimpleNamespace(memory=made.memory.view(np.uint16)),
+            __dlpack_device__=lambda: place,
+        )  # fmt: skip
+        return made
+
+    got = device.adopt(tensor((2, 0)), "keys")
+    assert got.kind is None and isinstance(got.array, cupy.ndarray)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(uint16="uint16"))
+    got = device.adopt(tensor((2, 0), "torch.bfloat16"), "keys")
+    assert got.kind == "bf16" and got.array.dtype == np.uint16
+    assert device.adopt(np.ones(3), "keys") is None
+    with pytest.raises(ArgumentTypeError, match="keys must be a NumPy array or lie on a CUDA"):
+        device.adopt(tensor((1, 0)), "keys")
+    with pytest.raises(ArgumentTypeError, match="device 0, got one on device 1"):
+        device.adopt(tensor((2, 1)), "keys")
+    with pytest.raises(ArgumentTypeError, match="keys must be an array, got list"):
+        device.adopt([1.0], "keys")
+
+
+def test_a_capture_holds_launches_and_refuses_everything_else(device, cupy):
+    array = device.zeros((4,), np.int32)
+    device.launch(launch())
+    with device.capture() as graph:
+        device.launch(launch())
+        calls = (
+            lambda: device.empty((1,), np.int8),
+            lambda: device.upload(np.ones(1)),
+            lambda: device.copy_in(array, np.zeros(4, np.int32)),
+            lambda: device.download(array),
+            lambda: device.launch(launch(NEW=1)),
+        )
+        for call in calls:
+            with pytest.raises(StepError, match="inside a captured graph"):
+                call()
+    assert len(cupy.RawModule.launched) == 1
+    graph.launch(), graph.launch()
+    assert len(cupy.RawModule.launched) == 3
+    assert not device.capturing
+
+
+def test_auto_picks_cuda_where_there_is_a_device_and_kernels(cupy, monkeypatch):
+    config = CacheConfig(
+        num_layers=1, num_kv_heads=1, head_dim=64, num_pages=4, window=0, page_size=16
+    )
+    assert why_not_cuda(config) is None
+    monkeypatch.setenv("PAGEDTQ_BACKEND", "auto")
+    assert "cuda on Fake 1" in repr(PagedKVCache(config))
+    assert PagedKVCache(config, accumulate="float64").backend.name == "host"
+    polar = config.replace(keys=Polar(), values=Polar())
+    assert PagedKVCache(polar).backend.name == "host"
+    assert "4-bit" not in (why_not_cuda(polar) or "") and "polar" in (why_not_cuda(polar) or "")
+    monkeypatch.setenv("PAGEDTQ_BACKEND", "host")
+    assert PagedKVCache(config).backend.name == "host"
+    with pytest.raises(UnsupportedError, match="accumulates in float32"):
+        PagedKVCache(config, "cuda", accumulate="float64")
+    with pytest.raises(UnsupportedError, match="keys of layer 0 are 8-bit polar"):
+        PagedKVCache(polar, "cuda")

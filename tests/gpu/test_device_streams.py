@@ -1,0 +1,83 @@
+"""What only a device has: streams that overlap, and tensors of other libraries."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+
+from pagedtq import PagedKVCache
+from pagedtq.backends.cuda import CudaBackend
+from tests.parity.cases import make_config
+from tests.parity.twins import BOUND, Twins
+
+
+def test_two_caches_on_two_streams_do_not_meet(device):
+    config = make_config("k4v4", 128, 64, window=64, num_pages=80)
+    pairs = [Twins(config, device, seed=seed) for seed in (1, 2)]
+    streams = [device.xp.cuda.Stream(non_blocking=True) for _ in pairs]
+    device.synchronize()
+    results = []
+    for step in range(6):
+        for twins, stream in zip(pairs, streams):
+            with stream:
+                if not step:
+                    twins.open(), twins.open()
+                twins.append([0, 1], (200, 90))
+                queries = twins.queries(2, 4)
+                for layer in (0, 1):
+                    state = twins.cuda.attend(layer, queries, twins.members([0, 1], 1))
+                    want = twins.host.attend(layer, queries, twins.members([0, 1], 0))
+                    results.append((twins, stream, state, want))
+    for twins, stream, state, want in results:
+        with stream:
+            twins.check_state(*map(twins.fetch, state), *want)
+    for twins, stream in zip(pairs, streams):
+        with stream:
+            twins.check_pages()
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
+def test_torch_tensors_come_in_and_go_out_without_copies(device, kind):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    names = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+    config = make_config("k4v4", 128, 64, window=64, num_layers=1, kv_dtype=names[kind])
+    cache = PagedKVCache(config, partial(CudaBackend, device=device))
+    host = PagedKVCache(config, "host")
+    generator = torch.Generator("cuda").manual_seed(1)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        keys, values = torch.randn(
+            2, 1, 150, 2, 128, generator=generator, device="cuda", dtype=getattr(torch, kind)
+        )
+        ids = [each.open() for each in (cache, host)]
+        cache.append(ids[0], keys, values)
+        queries = torch.randn(1, 8, 128, generator=generator, device="cuda")
+        out, lse = (torch.from_dlpack(a) for a in cache.attend(0, queries, ids[0]))
+        doubled = 2 * out
+    assert out.is_cuda and out.shape == (1, 8, 128) and lse.shape == (1, 8)
+    torch.cuda.synchronize()
+    if kind == "bfloat16":
+        data = [part.view(torch.int16).cpu().numpy().view(np.uint16) for part in (keys, values)]
+        host.append(ids[1], *data, dtype="bf16")
+    else:
+        host.append(ids[1], keys.cpu().numpy(), values.cpu().numpy())
+    want, want_lse = host.attend(0, queries.cpu().numpy(), ids[1])
+    got = doubled.cpu().numpy() / 2
+    assert np.linalg.norm(got - want) <= BOUND * np.linalg.norm(want)
+    np.testing.assert_allclose(lse.cpu().numpy(), want_lse, atol=BOUND)
+
+
+def test_a_layer_of_the_pool_is_a_tensor_of_another_library(device):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    config = make_config("k4v4", 128, 64, window=0)
+    backend = CudaBackend(config, device=device)
+    view = torch.from_dlpack(backend.layout.layer_view(backend.pool, 1))
+    view[3] = 7
+    torch.cuda.synchronize()
+    assert (backend.to_host(backend.layout.layer_view(backend.pool, 1))[3] == 7).all()

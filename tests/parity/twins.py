@@ -1,0 +1,148 @@
+"""One cache on the host and one on a device, driven alike and compared."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from pagedtq import CacheConfig, PagedKVCache
+from pagedtq.backends.cuda import CudaBackend
+from pagedtq.config import Exact
+
+#: Relative error of outputs (L2 per query) and absolute error of lse.
+BOUND = 2e-3
+
+
+class Twins:
+    """Two caches of one configuration that get the same calls.
+
+    ``exact`` demands equal pages to the byte; a device may round one code in 1e5 the other way.
+    """
+
+    def __init__(
+        self, config: CacheConfig, device, *, key_means=None, seed=0, backend=None, **options
+    ) -> None:
+        factory = partial(CudaBackend, device=device, **(backend or {}))
+        common = {"key_means": key_means, "debug": True, **options}
+        self.config, self.device = config, device
+        self.host = PagedKVCache(config, "host", num_threads=1, **common)
+        self.cuda = PagedKVCache(config, factory, **common)
+        self.exact = getattr(device, "seed", None) is not None
+        self.ids: list[tuple[int, int]] = []
+        self.rng = np.random.default_rng(seed)
+
+    @property
+    def both(self):
+        return (self.host, 0), (self.cuda, 1)
+
+    def open(self, *args, **options) -> int:
+        self.ids.append(tuple(cache.open(*args, **options) for cache, _ in self.both))
+        return len(self.ids) - 1
+
+    def fork(self, index: int) -> int:
+        self.ids.append(tuple(cache.fork(self.ids[index][i]) for cache, i in self.both))
+        return len(self.ids) - 1
+
+    def members(self, indices, side: int) -> np.ndarray:
+        return np.array([self.ids[index][side] for index in indices], np.int64)
+
+    def each(self, name: str, index: int, *args) -> None:
+        """Call a method of both caches on one sequence."""
+        for cache, i in self.both:
+            getattr(cache, name)(self.ids[index][i], *args)
+
+    def draw(self, count: int, layers: int | None = None, scale: float = 1.0):
+        shape = (2, count, self.config.num_kv_heads, self.config.head_dim)
+        shape = shape if layers is None else (2, layers, *shape[1:])
+        return (scale * self.rng.standard_normal(shape)).astype(np.float32)
+
+    def append(self, indices, counts, offset=0.0, **options) -> None:
+        keys, values = self.draw(sum(counts), self.config.num_layers)
+        for cache, i in self.both:
+            cache.append(self.members(indices, i), keys + offset, values, counts, **options)
+
+    def queries(self, tokens: int, group: int) -> np.ndarray:
+        shape = (tokens, group * self.config.num_kv_heads, self.config.head_dim)
+        return self.rng.standard_normal(shape).astype(np.float32)
+
+    # -- comparisons -------------------------------------------------------------------------
+
+    def check_pages(self) -> None:
+        """Compare every byte of the pools, and of the exact windows."""
+        layout = self.host.backend.layout
+        ours, theirs = self.fetch(self.cuda.backend.pool), self.host.backend.pool
+        if not np.array_equal(ours, theirs):
+            for layer, extent in enumerate(layout.extents):
+                for name in extent.planes:
+                    views = (layout.plane_view(pool, layer, name) for pool in (ours, theirs))
+                    self._check_plane(f"layer {layer} {name}", *views)
+        for layer in range(self.config.num_layers):
+            if self.config.has_overlay(layer):
+                for name in ("ring", "sink"):
+                    rows = getattr(self.host.backend.window(layer), name)
+                    got = self.fetch(getattr(self.cuda.backend.window(layer), name))
+                    assert np.array_equal(got.view(np.uint8), rows.view(np.uint8)), name
+
+    def _check_plane(self, where: str, got: np.ndarray, want: np.ndarray) -> None:
+        different = int((got.view(np.uint8) != want.view(np.uint8)).sum())
+        assert not (self.exact and different), f"{where}: {different} bytes differ"
+        if where.endswith(("_norms", "_bounds")):
+            steps = np.abs(got.view(np.int16).astype(int) - want.view(np.int16))
+            assert steps.max() <= 1 and (steps > 0).sum() <= max(1, 1e-3 * steps.size), where
+        else:
+            assert different <= max(1, 1e-5 * got.size), f"{where}: {different} bytes differ"
+
+    def check_attend(self, layer, indices, group, q_lens=None, chunk=False, **options) -> None:
+        tokens = len(indices) if q_lens is None else sum(q_lens)
+        queries = self.queries(tokens, group)
+        own = self.draw(tokens) if chunk else (None, None)
+        (want, want_lse), (out, lse) = (
+            cache.attend(layer, queries, self.members(indices, i), q_lens, None, *own, **options)
+            for cache, i in self.both
+        )
+        self.check_state(self.fetch(out), self.fetch(lse), want, want_lse)
+
+    @staticmethod
+    def check_state(out, lse, want, want_lse) -> None:
+        """Compare each head, and each half of each head, with the size of the whole."""
+        assert out.shape == want.shape and lse.shape == want_lse.shape
+        half = out.shape[-1] // 2
+        size = np.linalg.norm(want, axis=-1)
+        for part in (slice(0, half), slice(half, None)):
+            error = np.linalg.norm(out[..., part] - want[..., part], axis=-1)
+            assert (error <= BOUND * size).all(), f"worst {np.nanmax(error / size):.2e}"
+        np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=BOUND)
+
+    def check_scores(self, layer, indices, group) -> None:
+        queries = self.queries(len(indices), group)
+        want, got = (
+            cache.score(layer, queries, self.members(indices, i)) for cache, i in self.both
+        )
+        assert np.array_equal(got.indptr, want.indptr)
+        assert np.array_equal(got.positions, want.positions)
+        values = self.fetch(got.values)
+        size = np.linalg.norm(queries, axis=-1).max() * np.sqrt(2 * self.config.head_dim)
+        assert values.shape == want.values.shape
+        assert (np.abs(values - want.values) <= BOUND * size).all()
+        stats, reference = self.cuda.page_stats(got), self.host.page_stats(want)
+        assert np.array_equal(stats.blocks, reference.blocks)
+        assert np.array_equal(stats.indptr, reference.indptr)
+        assert (np.abs(stats.maximum - reference.maximum) <= BOUND * size).all()
+        np.testing.assert_allclose(stats.mass, reference.mass, rtol=0.1, atol=1e-6)
+
+    def check_load(self, layer, index) -> None:
+        (want_k, want_v, want_p), (keys, values, positions) = (
+            cache.load(layer, self.ids[index][i]) for cache, i in self.both
+        )
+        assert np.array_equal(positions, want_p)
+        for got, want in ((self.fetch(keys), want_k), (self.fetch(values), want_v)):
+            size = np.linalg.norm(want, axis=-1)
+            assert (np.linalg.norm(got - want, axis=-1) <= 1e-5 * size).all()
+
+    def fetch(self, array) -> np.ndarray:
+        return self.cuda.backend.to_host(array)
+
+    @property
+    def all_exact(self) -> bool:
+        return isinstance(self.config.keys, Exact) and isinstance(self.config.values, Exact)

@@ -1,0 +1,96 @@
+"""All of the CUDA backend, its kernels' source included, run on the CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness_device import HarnessDevice
+
+from benchmarks.gpu import operations, workloads
+from benchmarks.gpu.workloads import quick
+from tests.parity.cases import make_config, small_cases
+from tests.parity.claims import *  # noqa: F403
+from tests.parity.twins import Twins
+
+
+@pytest.fixture
+def device():
+    return HarnessDevice()
+
+
+@pytest.fixture(params=small_cases(), ids=str)
+def case(request):
+    return request.param
+
+
+def test_tables_and_mappings_are_sent_once_per_step(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0), device)
+    members = [twins.open(), twins.open()]
+    twins.append(members, (20, 33))
+    cache, ids = twins.cuda, twins.members(members, 1)
+    queries = device.upload(twins.queries(2, 4))
+    kv = [device.upload(part.astype(np.float16)) for part in twins.draw(2)]
+    cache.debug = False
+    cache.begin_step(ids, 1)
+    sent = []
+    for layer in (0, 1):
+        before, planned = device.copies, _count(device, "plan_splits")
+        cache.store(layer, *kv)
+        cache.attend(layer, queries, ids)
+        sent.append((device.copies - before, _count(device, "plan_splits") - planned))
+    assert sent == [(2, 1), (0, 0)]  # the slot mapping; tables and ranges together
+    cache.commit()
+
+
+def _count(device, kernel):
+    return sum(launch.kernel == kernel for launch in device.log)
+
+
+def test_arrays_of_the_device_and_of_numpy_do_not_mix(device):
+    with pytest.raises(TypeError, match="mixes"):
+        device.zeros((3,), np.float32) + np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize("workload", quick(), ids=lambda row: f"{row.operation}-{row.form}")
+def test_what_the_gpu_benchmark_measures_runs(device, workload, monkeypatch):
+    # Two heads and one dimension for which the kernels are compiled already.
+    for module in (workloads, operations):
+        monkeypatch.setattr(module, "KV_HEADS", 2)
+        monkeypatch.setattr(module, "DIM", 64)
+    prepared = operations.Prepared(workload, device)
+    prepared.eager()
+    if prepared.captured is not None:
+        prepared.captured()
+
+
+def test_a_captured_graph_holds_the_planner_once_per_pass_over_the_layers(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0), device)
+    twins.append([twins.open()], [40])
+    tables, ids = twins.cuda.tables, twins.members([0], 1)
+    plan = twins.cuda.backend.plan(1, 8)
+    plan.update(tables.block_table(ids), tables.reads(ids, False))
+    queries = device.upload(twins.queries(1, 4))
+    state = {
+        "out": device.zeros((1, 8, 64), np.float32),
+        "lse": device.zeros((1, 8), np.float32),
+    }
+    plan.attend(0, queries, 0.1, **state)
+    for _ in range(2):
+        with device.capture() as graph:
+            for layer in (0, 1):
+                plan.attend(layer, queries, 0.1, **state)
+        kernels = [launch.kernel for launch in graph.launches]
+        assert kernels.count("plan_splits") == 1 and kernels[0] == "plan_splits"
+        assert kernels.count("attend") == 2
+
+
+def test_what_a_captured_graph_refers_to_stays_on_the_device(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=1), device)
+    constant = twins.cuda.backend.operands.constant
+    kept, refers = constant(np.arange(3)), constant(np.arange(4))
+    with device.capture():
+        assert constant(np.arange(4)) is refers
+    for length in range(5, 40):
+        constant(np.arange(length))
+    assert constant(np.arange(4)) is refers
+    assert constant(np.arange(3)) is not kept
