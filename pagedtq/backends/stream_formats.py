@@ -57,10 +57,10 @@ def tile_tokens(
     head_dim: int, key_format: int, value_format: int, column_tiles: int, int8_keys: bool = False
 ) -> int:
     """Return how many tokens a warp takes at once: as many as registers hold without spilling."""
-    if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
-        return 32 if head_dim <= 64 and column_tiles == 1 else 16
     if not (is_tuned(head_dim, key_format) and is_tuned(head_dim, value_format)):
         return 16
+    if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
+        return 32 if head_dim <= 64 and column_tiles == 1 else 16
     if head_dim > 128 or column_tiles == 2:
         return 16 if head_dim > 128 and column_tiles == 2 else 32
     if int8_keys:
