@@ -10,7 +10,7 @@
 // Specialised like attend.cu (VALUE_FORMAT and SOFT_CAP do not matter). The output is ragged: the
 // caller counts what is readable per block, because only the page table knows where a page is.
 
-#include "tiles.cuh"
+#include "products.cuh"
 
 // Positions of [from, to) that are readable, pages aside.
 DEVICE int count_readable(const Reach& reach, int from, int to) {

@@ -7,7 +7,7 @@
 
 #pragma once
 
-#include "tiles.cuh"
+#include "products.cuh"
 
 // The running softmax of one warp.
 struct State {

@@ -13,16 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..codec.codebook import codebook
-from ..config import Codec, Exact, TurboQuant
+from ..config import Codec, Exact
 from ..errors import UnsupportedError
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
 from .score_places import block_counts
+from .stream_formats import coded, is_prod, prefers_int8, stream_format, takes_int8, tile_tokens
 
 Array = npt.NDArray[Any]
-
-#: Numbers of the exact formats in ``kernels/streams.cuh``; coded ones are their width.
-EXACT_FORMATS = {"f16": 16, "bf16": 17, "f32": 32}
 
 #: Largest head dim whose partial outputs, of 16 query rows, fit a block's static shared memory.
 MAX_HEAD_DIM = 512
@@ -174,59 +172,6 @@ def attend_kernel(
     )
 
 
-def is_tuned(head_dim: int, form: int) -> bool:
-    """Whether rows divide among lanes, and are decoded from registers: ``is_tuned`` of streams.cuh.
-
-    Everything else is decoded element by element.
-    """
-    if head_dim % 16 or form not in (2, 3, 4, EXACT_FORMATS["f16"]):
-        return False
-    row = head_dim * (2 if form == 3 else form) // 8
-    for size, lanes in ((row, 4), (2 * row, 8)):
-        load = next((load for load in (16, 8, 4) if size % (load * lanes) == 0), 0)
-        if load == 0 or (form == 3 and load != 16 and size != load * lanes):
-            return False
-    return True
-
-
-def takes_int8(head_dim: int, key_format: int, prod: bool) -> bool:
-    """Whether keys may be multiplied as bytes: ``KEY_INT8`` of ``kernels/tiles.cuh``."""
-    return not prod and 2 <= key_format <= 4 and head_dim <= 256 and is_tuned(head_dim, key_format)
-
-
-def prefers_int8(head_dim: int, key_format: int, prod: bool) -> bool:
-    """Whether keys are multiplied as bytes: where halves would load the integer pipe too much."""
-    return key_format < 4 and takes_int8(head_dim, key_format, prod)
-
-
-def tile_tokens(
-    head_dim: int, key_format: int, value_format: int, column_tiles: int, int8_keys: bool = False
-) -> int:
-    """Return how many tokens a warp takes at once: as many as registers hold without spilling."""
-    if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
-        return 32 if head_dim <= 64 and column_tiles == 1 else 16
-    if not (is_tuned(head_dim, key_format) and is_tuned(head_dim, value_format)):
-        return 16
-    if head_dim > 128 or column_tiles == 2:
-        return 16 if head_dim > 128 and column_tiles == 2 else 32
-    if int8_keys:
-        return 64 if key_format < 4 else 32
-    # Decoding values of 2 or 3 bits beside keys of another width takes most temporaries.
-    return 32 if head_dim > 64 and value_format < 4 and key_format != 3 else 64
-
-
-def is_prod(codec: Codec) -> bool:
-    """Whether keys of a codec carry QJL signs."""
-    return isinstance(codec, TurboQuant) and codec.estimator == "prod"
-
-
-def stream_format(codec: Codec) -> int:
-    """Return the number of a codec's format in ``kernels/streams.cuh``."""
-    if isinstance(codec, Exact):
-        return EXACT_FORMATS[codec.dtype]
-    return _coded(codec).code_bits
-
-
 def table_entries(codec: Codec, head_dim: int) -> Array:
     """Return the decoded values of a codec's codes as f16 bits ``uint16[2**width]``.
 
@@ -234,25 +179,19 @@ def table_entries(codec: Codec, head_dim: int) -> Array:
     """
     if isinstance(codec, Exact):
         return np.zeros(1, np.uint16)
-    table = codebook(head_dim, _coded(codec).code_bits).table
+    table = codebook(head_dim, coded(codec).code_bits).table
     return table.astype(np.float16).view(np.uint16)
 
 
 def _byte_table(codec: Codec, head_dim: int) -> npt.NDArray[np.uint8]:
     """Return ``128 + j`` of magnitudes ``j + 1/2``, then (below width 4) their complements."""
-    book = codebook(head_dim, _coded(codec).code_bits)
+    book = codebook(head_dim, coded(codec).code_bits)
     assert book.odd_steps is not None, "tables of widths 2 to 4 are half-integers"
     positive = (128 + book.odd_steps // 2).astype(np.uint8)
     table = np.zeros(8, np.uint8)
     both = np.concatenate([positive, ~positive])[:8]
     table[: len(both)] = both
     return table
-
-
-def _coded(codec: Codec) -> TurboQuant:
-    if not isinstance(codec, TurboQuant):
-        raise UnsupportedError(f"the kernels read TurboQuant and exact streams, got {codec}")
-    return codec
 
 
 def attend_shape(
@@ -305,7 +244,7 @@ def attend_shape(
         entries[: len(known)] = known
         if stream == "key" and takes_int8(config.head_dim, stream_format(codec), is_prod(codec)):
             shape["key_bytes"] = _byte_table(codec, config.head_dim).view("<u4")
-            shape["key_unit"] = 2.0 ** -codebook(config.head_dim, _coded(codec).code_bits).exponent
+            shape["key_unit"] = 2.0 ** -codebook(config.head_dim, coded(codec).code_bits).exponent
         shape[stream + "_table"]["high"] = (entries >> 8).astype(np.uint8).view("<u4")
         shape[stream + "_table"]["low"] = entries.astype(np.uint8).view("<u4")
     shape["page_stride"] = layout.page_strides[layer]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pagedtq import CacheConfig, Exact, TurboQuant
-from pagedtq.backends.attend_arguments import AttendKernel, prefers_int8, tile_tokens
+from pagedtq.backends.attend_arguments import AttendKernel
 from pagedtq.backends.kernel_source import Specialisation, specialise
+from pagedtq.backends.stream_formats import prefers_int8, tile_tokens
 from pagedtq.paging.kernel_macros import DTYPE_NUMBERS
 from pagedtq.paging.layout import PageLayout
 

@@ -1,0 +1,69 @@
+"""What a page's streams are to the attention kernels: format numbers, and which paths take them."""
+
+from __future__ import annotations
+
+from ..config import Codec, Exact, TurboQuant
+from ..errors import UnsupportedError
+
+#: Numbers of the exact formats in ``kernels/streams.cuh``; coded ones are their width.
+EXACT_FORMATS = {"f16": 16, "bf16": 17, "f32": 32}
+
+
+def stream_format(codec: Codec) -> int:
+    """Return the number of a codec's format in ``kernels/streams.cuh``."""
+    if isinstance(codec, Exact):
+        return EXACT_FORMATS[codec.dtype]
+    return coded(codec).code_bits
+
+
+def is_prod(codec: Codec) -> bool:
+    """Whether keys of a codec carry QJL signs."""
+    return isinstance(codec, TurboQuant) and codec.estimator == "prod"
+
+
+def coded(codec: Codec) -> TurboQuant:
+    """Return a codec that the kernels decode, or refuse it."""
+    if not isinstance(codec, TurboQuant):
+        raise UnsupportedError(f"the kernels read TurboQuant and exact streams, got {codec}")
+    return codec
+
+
+def is_tuned(head_dim: int, form: int) -> bool:
+    """Whether rows divide among lanes, and are decoded from registers: ``is_tuned`` of streams.cuh.
+
+    Everything else is decoded element by element.
+    """
+    if head_dim % 16 or form not in (2, 3, 4, EXACT_FORMATS["f16"]):
+        return False
+    row = head_dim * (2 if form == 3 else form) // 8
+    for size, lanes in ((row, 4), (2 * row, 8)):
+        load = next((load for load in (16, 8, 4) if size % (load * lanes) == 0), 0)
+        if load == 0 or (form == 3 and load != 16 and size != load * lanes):
+            return False
+    return True
+
+
+def takes_int8(head_dim: int, key_format: int, prod: bool) -> bool:
+    """Whether keys may be multiplied as bytes: ``KEY_INT8`` of ``kernels/tiles.cuh``."""
+    return not prod and 2 <= key_format <= 4 and head_dim <= 256 and is_tuned(head_dim, key_format)
+
+
+def prefers_int8(head_dim: int, key_format: int, prod: bool) -> bool:
+    """Whether keys are multiplied as bytes: where halves would load the integer pipe too much."""
+    return key_format < 4 and takes_int8(head_dim, key_format, prod)
+
+
+def tile_tokens(
+    head_dim: int, key_format: int, value_format: int, column_tiles: int, int8_keys: bool = False
+) -> int:
+    """Return how many tokens a warp takes at once: as many as registers hold without spilling."""
+    if not (is_tuned(head_dim, key_format) and is_tuned(head_dim, value_format)):
+        return 16
+    if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
+        return 32 if head_dim <= 64 and column_tiles == 1 else 16
+    if head_dim > 128 or column_tiles == 2:
+        return 16 if head_dim > 128 and column_tiles == 2 else 32
+    if int8_keys:
+        return 64 if key_format < 4 else 32
+    # Decoding values of 2 or 3 bits beside keys of another width takes most temporaries.
+    return 32 if head_dim > 64 and value_format < 4 and key_format != 3 else 64
