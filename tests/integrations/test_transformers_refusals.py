@@ -236,6 +236,15 @@ def test_a_cache_of_another_model_is_refused(llama):
         llama(prompt(1, 4), past_key_values=cache)
 
 
+def test_a_model_that_leaves_layers_out_is_refused_and_the_call_undone(llama):
+    shape = {"num_layers": 5, "num_kv_heads": 2, "head_dim": 16}
+    cache = PagedTQCache(preset("exact", num_pages=2, kv_dtype="f32", **shape))
+    PagedTQCache.from_model(llama)
+    with pytest.raises(UnsupportedError, match=r"no keys and values in layers \[3, 4\]"):
+        llama(prompt(1, 4), past_key_values=cache)
+    assert cache.batch_size == -1 and cache.pages.stats().num_sequences == 0
+
+
 def test_another_dtype_or_device_than_before_is_refused(llama):
     cache = paged(llama)
     llama(prompt(1, 4), past_key_values=cache)
