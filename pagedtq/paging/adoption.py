@@ -165,12 +165,15 @@ class Adoption(Steps):
         counts = image.block_counts(self.page_size)
         if counts.size:
             self._grow_width(int(counts.max()))
+        self._grow_for(len(image.states))
+        taken, slots, records = self._take(image.num_pages, image.num_rings, plan.first_pages.size)
         ids, rows = self._new_rows(len(image.states))
         self.version += 1
-        pages = np.concatenate((np.zeros(1, np.int32), self._take_pages(image.num_pages)))
+        pages = np.concatenate((np.zeros(1, np.int32), taken))
         self.pool.retain(pages[_repeats(image.blocks)])
-        slots = self.windows.acquire(image.num_rings)
         self.windows.retain(slots[_repeats(image.rings + 1) - 1])
+        # What the pages hold now has no tokens.
+        self._known[rows] = -1 if self.prefix is not None else 0
         self._table[np.repeat(rows, counts), ranges(counts)] = pages[image.blocks]
         ringed = image.rings >= 0
         self._slot[rows[ringed]] = slots[image.rings[ringed]]
@@ -180,7 +183,7 @@ class Adoption(Steps):
             kept[1:4] = 0
         self._fields[:6, rows] = kept
         self._evicted[rows] = image.evicted_counts(self.page_size)
-        self.windows.acquire_records(pages[plan.first_pages + 1])
+        self.windows.bind_records(pages[plan.first_pages + 1], records)
         return ids
 
 

@@ -72,6 +72,13 @@ class FreeQueue:
         self._size -= count
         return ids
 
+    def put_back(self, ids: Int32) -> None:
+        """Undo the `pop` that took these ids, if nothing else was done since."""
+        if ids.size:
+            # Neither the ring nor the places have forgotten them.
+            self._head = int(self._place[ids[0]])
+            self._size += ids.size
+
     def push(self, ids: Int32) -> None:
         """Append distinct ids at the tail, in the order given."""
         count = ids.size
@@ -123,6 +130,15 @@ class FreeQueue:
         self._parked -= int(np.count_nonzero(self.are_parked(ids)))
         self._ring[self._place[ids]] = -1
         self._size -= ids.size
+
+    def restore(self, ids: Int32) -> None:
+        """Undo the `remove` of these ids, if nothing was pushed since."""
+        if ids.size:
+            places = self._place[ids]
+            self._ring[places] = ids
+            self._head = min(self._head, int(places.min()))
+            self._parked += int(np.count_nonzero(self.are_parked(ids)))
+            self._size += ids.size
 
     def are_parked(self, ids: Int32) -> Bools:
         """Tell which of some ids that wait are parked, ``bool[n]``."""

@@ -41,6 +41,7 @@ class OneRow(Steps):
         for key, page in zip(keys, pages, strict=True):
             if prefix is None or not 0 < page < self.pool.num_pages or prefix.key_of(page) != key:
                 raise ArgumentError(f"page {page} does not hold block {key.hex()}")
+        self._grow_width(len(keys))
         ids, rows = self._new_rows(1)
         self._adopt(int(rows[0]), BlockChain(keys, opaque=True), list(pages))
         return int(ids[0])
@@ -78,6 +79,9 @@ class OneRow(Steps):
             self.commit(self.reserve(np.array([seq_id]), length - old))
             taken: list[int] = self._table[row, first:stop].tolist()
             return taken
+        if stop > self._table.shape[1]:
+            self._grow_width(stop)
+        pages, _, _ = self._take(need)
         self.version += 1
         self._length[row] = length
         if open_page and self._twins.count:
@@ -86,9 +90,6 @@ class OneRow(Steps):
             self.prefix.forget(np.array([open_page], np.int32))
         if not need:
             return []
-        if stop > self._table.shape[1]:
-            self._grow_width(stop)
-        pages = self._take_pages(need)
         self._table[row, first:stop] = pages
         new: list[int] = pages.tolist()
         return new

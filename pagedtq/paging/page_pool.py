@@ -94,6 +94,11 @@ class CountedPool:
         self._refs[ids] = 1
         return ids
 
+    def put_back(self, ids: Int32) -> None:
+        """Undo the `acquire` that returned these ids, if nothing else was done since."""
+        self._refs[ids] = 0
+        self._queue.put_back(ids)
+
     def peek(self, count: int) -> Int32:
         """Return the ids that `acquire` would take now, without taking them.
 
@@ -343,3 +348,12 @@ class PagePool(CountedPool):
         if waiting.size:
             self._queue.remove(waiting[self._last_occurrence(waiting)].astype(np.int32))
         self._add_owners(wanted)
+
+    def untouch(self, pages: Integers) -> None:
+        """Undo the `touch` of these pages, if nothing was released since."""
+        wanted, times = np.unique(self._in_range(pages, "untouch"), return_counts=True)
+        before = self._refs[wanted]
+        after = before - times.astype(np.int32)
+        self._refs[wanted] = after
+        self._shared -= int(np.count_nonzero((before > 1) & (after <= 1)))
+        self._queue.restore(wanted[after == 0].astype(np.int32))

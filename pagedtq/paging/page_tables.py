@@ -91,6 +91,7 @@ class PageTables(Adoption, Swaps, OneRow):
         else:
             chain = self.prepare(token_ids, salt=salt, extra_keys=extra_keys, block_keys=block_keys)
         pages = [] if chain is None else self.find_pages(chain)
+        self._grow_width(len(pages))
         ids, rows = self._new_rows(1)
         self._adopt(int(rows[0]), chain, pages)
         return int(ids[0])

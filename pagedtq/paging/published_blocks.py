@@ -10,6 +10,7 @@ from ..errors import ArgumentError
 from .arguments import Bools, Int32, Int64, ranges
 from .block_keys import token_array
 from .shared_prefixes import NO_TOKENS, BlockChain, SharedPrefixes, Tokens
+from .step_plan import NO_IDS
 
 
 class StepTokens(NamedTuple):
@@ -99,14 +100,29 @@ class PublishedBlocks(SharedPrefixes):
         known = self._known[rows]
         self._known[rows] = np.where(known == length, known + counts, known)
 
-    def _take_pages(self, count: int) -> Int32:
-        """Take pages from the free queue; whatever was known of their bytes is forgotten."""
-        pages = self.pool.acquire(count)
+    def _take(
+        self, num_pages: int, num_slots: int = 0, num_records: int = 0, kept: Int32 = NO_IDS
+    ) -> tuple[Int32, Int32, Int32]:
+        """Take pages, window slots and sink records: all of them, or nothing if one call fails.
+
+        Whatever was known of the pages' bytes is forgotten. There may be fewer records; those of
+        pages in ``kept`` stay with them.
+        """
+        pages = self.pool.acquire(num_pages)
+        slots = records = NO_IDS
+        if num_slots or num_records:
+            try:
+                slots = self.windows.acquire(num_slots)
+                records = self.windows.take_records(num_records, pages, kept)
+            except BaseException:
+                self.windows.put_back(slots)
+                self.pool.put_back(pages)
+                raise
         if self._twins.count:
             self._twins.part(pages)
         if self.prefix is not None:
             self._forget(pages)
-        return pages
+        return pages, slots, records
 
     def _part_written(self, rows: Int64, length: Int64, num_new: Int64) -> None:
         """Part open pages that are written on from their twins on the host."""

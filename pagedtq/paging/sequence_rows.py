@@ -176,14 +176,18 @@ class SequenceRows:
 
     def _new_rows(self, count: int) -> tuple[Int64, Int64]:
         """Open ``count`` rows; return their ids and the rows."""
-        if count > len(self._free_rows):
-            self._grow_rows(self.num_sequences + count)
+        self._grow_for(count)
         start = len(self._free_rows) - count
         rows = np.array(self._free_rows[start:][::-1], np.int64)
         del self._free_rows[start:]
         ids = (next(_serials) << ROW_BITS) | rows
         self._ids[rows] = ids
         return ids, rows
+
+    def _grow_for(self, count: int) -> None:
+        """Have room for ``count`` more rows."""
+        if count > len(self._free_rows):
+            self._grow_rows(self.num_sequences + count)
 
     def _recycle_rows(self, rows: Int64) -> None:
         """Close rows whose pages and slots are gone already."""

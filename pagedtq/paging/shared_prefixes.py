@@ -269,7 +269,7 @@ class SharedPrefixes(TableViews):
         return pages
 
     def _adopt(self, row: int, chain: BlockChain | None, pages: list[int]) -> None:
-        """Begin an empty row with pages that hold its first blocks."""
+        """Begin an empty row with pages that hold its first blocks; the table is wide enough."""
         if chain is None:
             self._known[row] = -1
             return
@@ -281,7 +281,6 @@ class SharedPrefixes(TableViews):
             self._keyed[row] = len(chain.keys) * self.page_size
         if not pages:
             return
-        self._grow_width(len(pages))
         found = np.array(pages, np.int32)
         self.pool.touch(found)
         self.windows.wake_records(found[:1])

@@ -80,9 +80,10 @@ class Steps(PublishedBlocks):
             raise OutOfWindowSlots(slot_members.size, free, total)
         if need:
             self._grow_width(int(blocks_after.max()))
+        copied, begun = self._new_first_pages(old, blocks, fresh, leaving)
+        pages, slots, records = self._take(need, slot_members.size, copied.size + begun.size)
         # Nothing fails from here on.
         self.version += 1
-        pages = self._take_pages(need)
         cow = copies = sink_copies = NO_COPIES
         fresh_pages = new_pages = pages
         if leaving.size:
@@ -99,21 +100,23 @@ class Steps(PublishedBlocks):
             new_pages = np.delete(pages, places[coded])
         if tokens is not None and leaving.size:
             self._page_tokens[cow.dst] = self._page_tokens[cow.src]
-        lost = NO_MEMBERS
-        if leaving.size and self.num_sinks:
-            lost, sink_copies = self._copy_sinks(cow, leaving, at[1] == 0, old.num_sinks)
         if fresh_pages.size:
-            recordless = self._enter_pages(rows, blocks, fresh, fresh_pages)
-            if recordless.size:
-                lost = np.concatenate((lost, recordless))
-        if lost.size:
-            new = new._replace(num_sinks=new.num_sinks.copy())
-            new.num_sinks[lost] = 0
+            self._enter_pages(rows, blocks, fresh, fresh_pages)
+        if copied.size or begun.size:
+            members = np.concatenate((leaving[copied], begun))
+            firsts = self._table[rows[members], 0]
+            self.windows.bind_records(firsts, records)
+            given = records[: copied.size]
+            had = self.windows.sink_record[cow.src[copied[: given.size]]]
+            sink_copies = PageCopies(had, given)
+            if records.size < members.size:
+                new = new._replace(num_sinks=new.num_sinks.copy())
+                new.num_sinks[members[records.size :]] = 0
         if self._twins.count:
             self._part_written(rows, old.length, num_new)
         if tokens is not None:
             self._note_writes(rows, old.length, num_new, tokens)
-        window_copies = self._take_slots(rows, old, slot_members, slot_copies)
+        window_copies = self._enter_slots(rows, old, slot_members, slot_copies, slots)
         self._length[rows] = new.length
         if self.window_tokens:
             self._coded[rows] = new.coded
@@ -233,58 +236,44 @@ class Steps(PublishedBlocks):
         members = np.flatnonzero(wanting)
         return members, slots[members] >= 0
 
-    def _enter_pages(self, rows: Int64, blocks: Int64, fresh: Int64, pages: Int32) -> Int64:
-        """Write new pages behind the blocks of each member, member by member.
+    def _new_first_pages(
+        self, old: SequenceState[Int64], blocks: Int64, fresh: Int64, leaving: Int64
+    ) -> tuple[Int64, Int64]:
+        """Return who gets a page of block 0 that needs a sink record.
 
         Returns
         -------
-        int64[n]
-            Members whose block 0 found no sink record left.
+        copied : int64[n]
+            Which of ``leaving`` copy one that has sinks.
+        begun : int64[m]
+            Members that begin.
         """
+        if not self.num_sinks:
+            return NO_MEMBERS, NO_MEMBERS
+        first = old.length[leaving] < self.page_size
+        copied = np.flatnonzero(first & (old.num_sinks[leaving] > 0))
+        return copied, np.flatnonzero((blocks == 0) & (fresh > 0))
+
+    def _enter_pages(self, rows: Int64, blocks: Int64, fresh: Int64, pages: Int32) -> None:
+        """Write new pages behind the blocks of each member, member by member."""
         members = np.flatnonzero(fresh)
         at = blocks[members]
         if pages.size > members.size:
             counts = fresh[members]
             members, at = np.repeat(members, counts), np.repeat(at, counts) + ranges(counts)
         self._table[rows[members], at] = pages
-        if not self.num_sinks:
-            return NO_MEMBERS
-        first = np.flatnonzero(at == 0)
-        if first.size == 0:
-            return NO_MEMBERS
-        records = self.windows.acquire_available_records(pages[first])
-        without: Int64 = members[first[records < 0]]
-        return without
 
-    def _copy_sinks(
-        self, cow: PageCopies, leaving: Int64, is_first: Bools, sinks: Int64
-    ) -> tuple[Int64, PageCopies]:
-        """Give copies of block-0 pages that have sinks a record.
-
-        Returns
-        -------
-        lost : int64[n]
-            Members that found no record left; their sinks are read from codes from now on.
-        copies : PageCopies
-            Records whose sinks must be copied.
-        """
-        used = is_first & (sinks[leaving] > 0)
-        src = self.windows.sink_record[cow.src[used]]
-        dst = self.windows.acquire_available_records(cow.dst[used])
-        given = dst >= 0
-        return leaving[used][~given], PageCopies(src[given], dst[given])
-
-    def _take_slots(
-        self, rows: Int64, old: SequenceState[Int64], members: Int64, leaving: Bools
+    def _enter_slots(
+        self, rows: Int64, old: SequenceState[Int64], members: Int64, leaving: Bools, slots: Int32
     ) -> PageCopies:
-        """Give members a window slot; return the pairs whose ring rows must be copied."""
+        """Give members their window slots; return the pairs whose ring rows must be copied."""
         if members.size == 0:
             return NO_COPIES
-        src, dst = self._slot[rows[members]], self.windows.acquire(members.size)
-        self._slot[rows[members]] = dst
+        src = self._slot[rows[members]]
+        self._slot[rows[members]] = slots
         self.windows.release(src)
         used = leaving & (old.ring_start[members] < old.length[members])
-        return PageCopies(src[used], dst[used])
+        return PageCopies(src[used], slots[used])
 
 
 NO_FLAGS: Bools = np.empty(0, np.bool_)

@@ -63,13 +63,12 @@ class Swaps(SwappedRows):
         if slots.size > self.host.rings.num_free:
             raise OutOfWindowSlots(slots.size, self.host.rings.num_free, self.host.num_pages)
         host_pages = known.copy()
+        taken, rings = self._take_host(need, slots.size)
         # Nothing fails from here on.
         self.version += 1
-        taken = self.host.acquire(need)
         host_pages[fresh] = taken
         owners = np.bincount(inverse, minlength=pages.size)
         self.host.retain(np.repeat(host_pages, owners - fresh))
-        rings = self.host.rings.acquire(slots.size)
         self.host.rings.retain(np.repeat(rings, _owners(row_rings, rings.size) - 1))
         if self.prefix is not None:
             self._host_tokens[taken] = self._page_tokens[pages[fresh]]
@@ -141,17 +140,18 @@ class Swaps(SwappedRows):
         if sink_hosts.size > num_records:
             raise OutOfWindowSlots(sink_hosts.size, num_records, self.windows.num_slots)
         self._grow_width(max((row.host_pages.size for row in left), default=0))
+        owners = np.bincount(inverse, minlength=host_pages.size)
+        found = np.repeat(known[~fresh], owners[~fresh])
+        taken, slots, records = self._take_beside(
+            found, int(np.count_nonzero(fresh)), rings.size, sink_hosts.size
+        )
         # Nothing fails from here on.
         self.version += 1
-        owners = np.bincount(inverse, minlength=host_pages.size)
-        self.pool.touch(np.repeat(known[~fresh], owners[~fresh]))
-        self.windows.wake_records(known[~fresh])
         pages = known.copy()
-        pages[fresh] = taken = self._take_pages(int(np.count_nonzero(fresh)))
+        pages[fresh] = taken
         self.pool.retain(np.repeat(taken, owners[fresh] - 1))
-        slots = self.windows.acquire(rings.size)
         self.windows.retain(np.repeat(slots, _owners(row_slots, rings.size) - 1))
-        records = self.windows.acquire_available_records(_looked_up(host_pages, pages, sink_hosts))
+        self.windows.bind_records(_looked_up(host_pages, pages, sink_hosts), records)
         entry_pages = np.zeros_like(entries)
         entry_pages[held] = pages[inverse]
         plan = SwapPlan(
@@ -173,6 +173,28 @@ class Swaps(SwappedRows):
             _row_rings=np.array([row.ring for row in left], np.int32),
         )
         return self._begin(plan, RETURNING)
+
+    def _take_beside(
+        self, found: Int32, num_pages: int, num_slots: int, num_records: int
+    ) -> tuple[Int32, Int32, Int32]:
+        """Own pages that are found, and take what else is needed: all of it, or nothing."""
+        self.pool.touch(found)
+        try:
+            taken = self._take(num_pages, num_slots, num_records, found)
+        except BaseException:
+            self.pool.untouch(found)
+            raise
+        self.windows.wake_records(found)
+        return taken
+
+    def _take_host(self, num_pages: int, num_rings: int) -> tuple[Int32, Int32]:
+        """Take pages and rings of the host: all of them, or nothing."""
+        pages = self.host.acquire(num_pages)
+        try:
+            return pages, self.host.rings.acquire(num_rings)
+        except BaseException:
+            self.host.put_back(pages)
+            raise
 
     def _require_swapped(self, rows: Int64) -> None:
         away = self._away[rows]

@@ -95,21 +95,39 @@ class WindowPool(CountedPool):
         self._record_of[array] = -1
         self._records.release(records)
 
-    def acquire_available_records(self, pages: Integers) -> Int32:
-        """Give each page a record, if need be one that rests; -1 to those that find none left."""
-        array = self._pages(pages)
-        lacking = array.size - self._records.num_free
-        # Behind a fence a record would only be parked: nobody would gain what its page loses.
-        if lacking > 0 and self._resting and not self._fenced:
-            oldest = list(self._resting)[:lacking]
-            self.release_records(np.array(oldest, np.int64))
-        given = min(array.size, self._records.num_free)
-        records = np.full(array.size, -1, np.int32)
-        records[:given] = self.acquire_records(array[:given])
+    def take_records(self, count: int, pages: Int32, kept: Int32) -> Int32:
+        """Take up to ``count`` records for pages to be named by `bind_records`.
+
+        Where too few are free, records that rest are taken from their pages: from ``pages`` first,
+        which were taken for something else, then from those where they rest longest; never from
+        pages in ``kept``.
+
+        Returns
+        -------
+        int32[n]
+            Fewer than ``count`` if no more are left.
+        """
+        records = self._records.acquire(min(count, self._records.num_free))
+        lacking = count - records.size
+        if not lacking or not self._resting:
+            return records
+        donors = [page for page in pages.tolist() if page in self._resting]
+        others = set(donors) | set(kept.tolist())
+        # Behind a fence a record of a page that is still being read must stay what it is.
+        if len(donors) < lacking and not self._fenced:
+            donors += [page for page in self._resting if page not in others]
+        given = np.array(donors[:lacking], np.int64)
+        self.wake_records(given)
+        records = np.concatenate((records, self._record_of[given]))
+        self._record_of[given] = -1
         return records
 
+    def bind_records(self, pages: Int32, records: Int32) -> None:
+        """Give records that were taken to pages, one each, as far as they go."""
+        self._record_of[pages[: records.size]] = records
+
     def num_records_available(self, kept: Integers) -> int:
-        """Return how many pages `acquire_available_records` can serve.
+        """Return how many records `take_records` can give at least.
 
         The records that rest on pages in ``kept`` do not count.
         """
