@@ -249,9 +249,8 @@ def step_cost() -> plt.Figure:
             axes.plot(places, cost, marker="o", linestyle=style, color=colour, label=caller)
         muted(axes)
     left.set_xscale("log")
-    left.set(
-        xlabel="pages of the pool, 1024 sequences", ylabel="us, least of 200 steps", ylim=(0, None)
-    )
+    left.set(xlabel="pages of the pool, 1024 sequences", ylim=(0, None))
+    left.set_ylabel("us, least of 200 steps", color=GREY)
     right.set(xlabel="running sequences, 100 000 pages", xlim=(0, None), ylim=(0, None))
     figure.legend(
         *left.get_legend_handles_labels(),

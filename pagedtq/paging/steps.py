@@ -18,6 +18,11 @@ class Steps(PublishedBlocks):
 
     _step: StepPlan | None = None
 
+    @property
+    def has_open_step(self) -> bool:
+        """Whether a step was reserved that is neither committed nor aborted."""
+        return self._step is not None
+
     def reserve(
         self,
         seq_ids: Integers,

@@ -30,6 +30,7 @@ from ..paging.shared_prefixes import Tokens
 from ..paging.step_plan import StepPlan
 from .continuation import Continuation
 from .generation import (
+    FinishedRequest,
     ScheduledStep,
     SchedulerOptions,
     StepOutput,
@@ -140,7 +141,7 @@ class Scheduler(Continuation):
         StepError
             If a step is open.
         """
-        if self._open is not None:
+        if self._open is not None or self.tables.has_open_step:
             raise StepError("schedule must wait: a step is open, update or abort it first")
         preempted = self._make_room()
         chunks = self._plan_chunks(admit=not preempted)
@@ -207,8 +208,10 @@ class Scheduler(Continuation):
             raise StepError(f"{verb} needs an open step; call schedule first")
         return self._open
 
-    def abort_step(self) -> None:
-        """Give the open step up: as if it had never been scheduled, preemptions aside.
+    def abort_step(self) -> list[FinishedRequest]:
+        """Give the open step up: its tokens are computed again by a later one.
+
+        Preemptions and admissions stay. Returns the requests that were aborted inside the step.
 
         Raises
         ------
@@ -222,8 +225,7 @@ class Scheduler(Continuation):
             self._cache.abort_step()
         self._open = None
         self._forked = bool(self._batch.size)
-        for name in self._take_aborting():
-            self._drop(name)
+        return [self._drop(name) for name in self._take_aborting()]
 
     def update(self, tokens: Tokens | None = None, parents: Any = None) -> StepOutput:
         """End the open step: its tokens are stored, and new ones were sampled.

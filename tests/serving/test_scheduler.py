@@ -87,27 +87,36 @@ rules = st.fixed_dictionaries(
     st.booleans(),
     st.sampled_from([0, SIZE]),
     st.sampled_from([0, 0, 9, 100]),
+    st.dictionaries(st.integers(0, 40), st.tuples(st.integers(0, 8), st.booleans()), max_size=3),
 )
 @settings(max_examples=200)
 def test_every_request_generates_the_same_tokens_whatever_the_pool_and_the_rules(
-    stream, options, num_pages, sharing, window, host
+    stream, options, num_pages, sharing, window, host, aborts
 ):
     requests, times = stream
     options = options | {"preemption": "swap" if host else "recompute"}
     scheduler = scheduler_of(
         num_pages, sharing=sharing, window=window, slots=4, host=host, **options
     )
-    engine, finished, now, coming = PagedEngine(scheduler), {}, 0, 0
+    engine, finished, aborted, now, coming = PagedEngine(scheduler), {}, set(), 0, 0
     while coming < len(requests) or scheduler.has_work:
         while coming < len(requests) and times[coming] <= now:
             scheduler.add(requests[coming])
             coming += 1
         now += 1
+        index, inside = aborts.get(now, (99, False))
+        doomed = f"r{index}" if index < coming and f"r{index}" not in finished else None
+        aborted.add(doomed)
+        if doomed and not inside:
+            finished[doomed] = scheduler.abort(doomed)
+            scheduler.tables.check_integrity()
         admitted = scheduler.stats.admitted
         step = scheduler.schedule()
         if step is None:
             assert not scheduler.has_work
             continue
+        if doomed and inside:
+            assert scheduler.abort(doomed) is None
         scheduler.tables.check_integrity()
         assert 0 < step.num_tokens <= options["step_tokens"]
         assert scheduler.num_running <= options["max_running"]
@@ -118,7 +127,14 @@ def test_every_request_generates_the_same_tokens_whatever_the_pool_and_the_rules
         finished |= {done.request_id: done for done in output.finished}
         assert now < 5000, "no end in sight"
     for request in requests:
-        assert_served(request, finished[request.request_id])
+        done = finished[request.request_id]
+        if request.request_id not in aborted:
+            assert_served(request, done)
+            continue
+        for completion in done.completions:
+            tokens = expected(request, completion.index)[0]
+            assert completion.token_ids.tolist() == tokens[: completion.num_tokens]
+    assert len(finished) == len(requests)
     assert_drained(scheduler)
 
 

@@ -170,6 +170,29 @@ def test_calls_out_of_order_are_refused():
         scheduler.members(step)
 
 
+def test_a_step_of_somebody_else_must_end_first():
+    scheduler = scheduler_of(10)
+    tables = scheduler.tables
+    other = tables.open()
+    plan = tables.reserve([other], 3)
+    scheduler.add(request_of("a"))
+    with pytest.raises(StepError, match="a step is open"):
+        scheduler.schedule()
+    assert (scheduler.num_waiting, tables.num_sequences) == (1, 1)
+    tables.commit(plan)
+    assert scheduler.schedule().num_tokens == 5
+
+
+def test_a_request_that_is_aborted_inside_a_step_leaves_with_it_however_it_ends():
+    scheduler = scheduler_of(10)
+    scheduler.add(request_of("a"))
+    scheduler.schedule()
+    assert scheduler.abort("a") is None
+    assert scheduler.abort("a") is None
+    assert [done.request_id for done in scheduler.abort_step()] == ["a"]
+    assert_drained(scheduler)
+
+
 @pytest.mark.parametrize(
     ("tokens", "error"),
     [
