@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,10 @@ _STYLE: dict[Any, Any] = {
 
 def require_plots() -> None:
     """Raise ``UnsupportedError`` unless figures can be drawn here."""
-    if find_spec("matplotlib") is None:
-        raise UnsupportedError('plots need matplotlib: pip install "pagedtq[plots]"')
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError('plots need matplotlib: pip install "pagedtq[plots]"') from error
 
 
 def draw_figures(figures: Mapping[str, Callable[[Any], None]], folder: str | Path) -> list[Path]:

@@ -135,7 +135,7 @@ class TableViews(SequenceRows):
     @property
     def nbytes(self) -> int:
         """Bytes of the page tables and per-sequence state."""
-        arrays = (self._table, self._fields, self._slot, self._ids)
+        arrays = (self._table, self._fields, self._slot, self._ids, self._touched)
         return sum(array.nbytes for array in arrays)
 
     def page_fill(self) -> Int64:

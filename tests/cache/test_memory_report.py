@@ -104,12 +104,13 @@ def test_an_empty_cache_holds_nothing_and_says_what_is_allocated():
 
 def test_metadata_is_counted_to_the_byte():
     report = PagedKVCache(config()).memory_report()
-    # 16 rows at first: 12 int64 of state, an int64 id, an int32 slot, 8 int32 of pages.
-    assert report.table_bytes == 16 * (12 * 8 + 8 + 4 + 8 * 4)
+    # 16 rows at first: 13 int64 of state, an int64 id, an int32 slot, 8 int32 of pages, and 3 int64
+    # that say when those were written.
+    assert report.table_bytes == 16 * (13 * 8 + 8 + 4 + 8 * 4 + 3 * 8)
 
     def counted(first, count):
         # Reference counts, a work array, the queue's ring and where each id is in it.
-        return (first + count) * (4 + 8) + (2 * count + 64) * 4 + (first + count) * 8
+        return (first + count) * (4 + 8) + (2 * count + 64) * 4 + (first + count) * 4
 
     assert report.page_state_bytes == counted(1, PAGES - 1)
     # Slots, sink records, the record of each page, and an empty dict.
