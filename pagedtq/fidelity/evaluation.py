@@ -143,7 +143,7 @@ def evaluate(
     name : str
         The model's name in the report.
     setting_names : sequence of str
-        See `settings.setting`.
+        See `setting`.
     with_peers : bool
         Measure the formats of other systems too.
     budget_bytes_per_token : float, optional

@@ -30,7 +30,7 @@ def draw_plots(report: Evaluation, folder: str | Path) -> list[Path]:
     Raises
     ------
     UnsupportedError, ArgumentError
-        As `figures.draw_figures`.
+        As `draw_figures`.
     """
     figures = {
         "divergence_by_bytes": lambda figure: _divergence(report, figure),

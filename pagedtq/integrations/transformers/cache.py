@@ -99,7 +99,7 @@ class PagedTQCache(Cache):  # type: ignore[misc]
         ----------
         model : PreTrainedModel
             A decoder-only model; hooks are put on its decoder module.
-        settings : str, (keys, values), CacheConfig or CacheSettings
+        settings : str, pair of Codec, CacheConfig or CacheSettings
             A preset such as ``"k4v4"``, a pair of codecs, a configuration, or what
             `calibrate_key_means` returned for this model. ``"exact"`` stores the model's own type,
             bit for bit.
