@@ -87,14 +87,23 @@ class BlockHasher:
             keys.append(key)
         return keys
 
-    def next_keys(self, parents: Sequence[bytes | None], tokens: Int32) -> list[bytes]:
-        """Return the key of one further block of several chains; ``tokens`` is int32[n, P]."""
-        hashed, root = self._hash, self.root
+    def extend(self, chains: Sequence[list[bytes]], tokens: Int32) -> list[bytes]:
+        """Append to each of several chains the key of its next block; return those keys.
+
+        Parameters
+        ----------
+        chains : sequence of list of bytes
+            Keys of the blocks before, each a list of its own.
+        tokens : int32[n, P]
+            The blocks.
+        """
+        hashed, root, added = self._hash, self.root, []
         blocks = np.ascontiguousarray(tokens, "<i4").view(f"V{4 * self.page_size}").ravel()
-        return [
-            hashed((key or root) + block).digest()
-            for key, block in zip(parents, blocks.tolist(), strict=True)
-        ]
+        for keys, block in zip(chains, blocks.tolist(), strict=True):
+            key = hashed((keys[-1] if keys else root) + block).digest()
+            keys.append(key)
+            added.append(key)
+        return added
 
 
 def extras_of(salt: bytes, extra_keys: Mapping[int, bytes] | None) -> dict[int, bytes]:

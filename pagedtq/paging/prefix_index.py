@@ -163,7 +163,8 @@ class PrefixIndex:
     ) -> None:
         """Let pages hold one block each of several sequences, ``tokens`` int32[n, P].
 
-        Pages that hold a block already (a fork published it) are skipped. Nothing is checked.
+        Pages that hold a block already (a fork published it) are skipped. Nothing is checked;
+        ``parents`` are needed only with an observer.
         """
         observer, by_page = self.observer, self._keys
         listed = pages.tolist()

@@ -161,22 +161,15 @@ class PublishedBlocks(SharedPrefixes):
         self._published[rows] = complete
         pages = self._table[rows, done]
         chains = [self._chains[row] for row in rows.tolist()]
-        # One block is due, and its key depends on nothing but its tokens. Looked at one by one: a
-        # list is faster to go through than an array.
-        single = [
-            stop == first + 1
-            and page > 0
-            and len(chain.keys) == first
-            and first not in chain.extras
-            for chain, first, stop, page in zip(
-                chains, done.tolist(), complete.tolist(), pages.tolist(), strict=True
-            )
-        ]
-        if all(single):
+        # One block is due, and its key depends on nothing but its tokens.
+        chosen = (complete == done + 1) & (pages > 0)
+        chosen &= np.array([len(chain.keys) for chain in chains]) == done
+        for at in [at for at, chain in enumerate(chains) if chain.extras]:
+            chosen[at] &= int(done[at]) not in chains[at].extras
+        if np.count_nonzero(chosen) == chosen.size:
             self._publish_next_blocks(chains, pages)
             return
-        chosen = np.array(single)
-        self._publish_next_blocks(list(compress(chains, single)), pages[chosen])
+        self._publish_next_blocks(list(compress(chains, chosen.tolist())), pages[chosen])
         rows, done, complete = rows[~chosen], done[~chosen], complete[~chosen]
         for row, first, stop in zip(rows.tolist(), done.tolist(), complete.tolist(), strict=True):
             self._publish_blocks(row, first, stop)
@@ -186,11 +179,11 @@ class PublishedBlocks(SharedPrefixes):
         assert self.prefix is not None
         if not chains:
             return
-        parents = [chain.keys[-1] if chain.keys else None for chain in chains]
-        tokens = self._page_tokens[pages]
-        keys = self._hasher.next_keys(parents, tokens)
-        for chain, key in zip(chains, keys, strict=True):
-            chain.keys.append(key)
+        lists, tokens = [chain.keys for chain in chains], self._page_tokens[pages]
+        keys = self._hasher.extend(lists, tokens)
+        parents: list[bytes | None] = []
+        if self.prefix.observer is not None:
+            parents = [own[-2] if len(own) > 1 else None for own in lists]
         self.prefix.publish_each(keys, pages, parents, tokens)
 
     def _publish_blocks(self, row: int, first: int, stop: int, tokens: Int32 | None = None) -> None:
