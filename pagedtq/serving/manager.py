@@ -284,7 +284,8 @@ class BlockManager:
         if holding is None:
             need = max(-(-whole // size) - len(pages), 0)
             if pages:
-                need += tables.pool.num_leaving(pages)
+                # Pages that do not exist are refused when they are opened, with the others.
+                need += tables.pool.num_leaving([p for p in pages if 0 < p < tables.pool.num_pages])
             if has_scheduled_reqs:
                 need += self.watermark_blocks
             if need > tables.pool.num_free - reserved:

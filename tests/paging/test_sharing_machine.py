@@ -144,8 +144,12 @@ def machine_for(page_size, window, num_sinks, algorithm, totals, retained=False)
 
         @rule(page=st.integers(1, 27))
         def forget(self, page):
-            held = bool(self.cache.tables.prefix.held[page])
-            assert self.cache.tables.forget_blocks([page]) == held
+            tables = self.cache.tables
+            held = bool(tables.prefix.held[page])
+            parked = tables.pool.parked_ids()
+            assert tables.forget_blocks([page]) == held
+            # A pin ends with the block it is for; the page may have had no other owner.
+            self.cache.poison(np.setdiff1d(tables.pool.parked_ids(), parked))
 
         @precondition(lambda self: not self.cache.model)
         @rule()
@@ -160,7 +164,7 @@ def machine_for(page_size, window, num_sinks, algorithm, totals, retained=False)
         def teardown(self):
             totals.append(self.cache.hits)
             if self.retention is not None:
-                self.retention.unpin(np.flatnonzero(self.retention.pinned))
+                self.cache.poison(self.retention.unpin(np.flatnonzero(self.retention.pinned)))
             self.cache.drain()
             assert self.cache.tables.pool.num_used == 0
             assert self.cache.tables.windows.num_used == 0
