@@ -45,6 +45,11 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
         lambda row: True,
     ),
     "paging": ("What does a step of the control plane cost?", (), lambda row: True),
+    "fidelity_minilm": (
+        "What does each format do to the attention of a real encoder?",
+        (),
+        lambda row: True,
+    ),
     "polar": (
         "What does a polar code cost beside the others?",
         (),
