@@ -257,13 +257,13 @@ class BlockManager:
             )
         size, tables = self.block_size, self.tables
         pages = () if new_computed_blocks is None else new_computed_blocks.page_ids
-        if found != len(pages) * size:
+        if (found or pages) and found != len(pages) * size:
             raise ArgumentError(
                 f"request {name}: {found} computed tokens were given with {len(pages)} blocks of "
                 f"{size} tokens; pass what get_computed_blocks returned"
             )
         holding = self._holdings.get(name)
-        if holding is not None and pages:
+        if pages and holding is not None:
             raise ArgumentError(
                 f"request {name} holds blocks already; pass computed blocks with its first tokens "
                 "only, or free it before"
