@@ -277,8 +277,17 @@ inline char* map_guarded(size_t bytes, size_t guard_before, size_t guard_after) 
     return base + guard_before;
 }
 
+// Stacks by thread, one set for all libraries of the process: with a set each, some 120 kernels
+// reach the system's limit of mappings. No two kernels run at a time.
+static char** stacks = nullptr;
+
+inline char* stack_of(unsigned index) {
+    if (stacks[index] == nullptr) stacks[index] = map_guarded(kStackBytes, kGuardBytes, 0);
+    return stacks[index];
+}
+
 inline void prepare(Fiber& fiber) {
-    if (fiber.stack == nullptr) fiber.stack = map_guarded(kStackBytes, kGuardBytes, 0);
+    fiber.stack = stack_of(fiber.index);
 #ifdef SIMT_UCONTEXT
     getcontext(&fiber.context.state);
     fiber.context.state.uc_stack.ss_sp = fiber.stack;

@@ -38,6 +38,8 @@ _FLAGS = (
     "-Wall -Wno-unknown-pragmas -Wno-unused-function -Wno-psabi -Werror"
 )
 _GUARD_BYTES = mmap.PAGESIZE
+#: Stacks of a block's threads, shared by all kernels: `kMaxThreads` of ``fibers.h``.
+_STACKS = (ctypes.c_void_p * 1024)()
 _POISON = 0xFF
 _lock = threading.Lock()
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -87,6 +89,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL, names: Sequence[str]) -> None:
         self._library = library
         self.names = tuple(names)
+        library.simt_use_stacks(_STACKS)
 
     def launch(
         self,

@@ -114,6 +114,9 @@ void size_params(void (*)(A...), unsigned* sizes) {
 
 }  // namespace simt
 
+// Where the stacks of `kMaxThreads` threads are noted; set before the first launch.
+extern "C" void simt_use_stacks(char** table) { simt::stacks = table; }
+
 // The entry points Python calls for one kernel.
 #define SIMT_EXPORT(kernel)                                                                       \
     extern "C" int simt_launch_##kernel(const unsigned* grid, const unsigned* block,              \
