@@ -74,8 +74,6 @@ class Steps(PublishedBlocks):
         self, seq_ids: Integers, num_new_tokens: int | Integers, token_ids: Tokens | None = None
     ) -> StepPlan:
         self._refuse_open_step("reserve")
-        if self.retention is not None:
-            self.retention.refresh()
         rows = self._resident_rows(seq_ids, "append to")
         num_new = token_counts("num_new_tokens", num_new_tokens, rows.size)
         if num_new is num_new_tokens:
@@ -99,6 +97,9 @@ class Steps(PublishedBlocks):
         if need:
             self._grow_width(int(np.maximum.reduce(blocks_after)))
         copied, begun = self._new_first_pages(old, blocks, fresh, leaving)
+        if self.retention is not None:
+            # Only now: a call that is refused must not even bring priorities up to date.
+            self.retention.refresh()
         pages, slots, records = self._take(need, slot_members.size, copied.size + begun.size)
         # Nothing fails from here on.
         self.version += 1
