@@ -45,7 +45,7 @@ def small_pages(shape: ModelShape, means: np.ndarray) -> Iterator[CacheFormat]:
         yield CacheFormat(f"k4v4-w{page_size}-centred (page {page_size})", config, means)
 
 
-def compositions(shape: ModelShape, means: np.ndarray, context: int) -> Iterator[CacheFormat]:
+def compositions(shape: ModelShape, means: np.ndarray) -> Iterator[CacheFormat]:
     """Yield what can be bought with the same bytes: exact layers, a window, more bits.
 
     Two exact layers of a 3-bit cache cost much more than a window; the uniform setting nearest in
@@ -105,7 +105,7 @@ def main() -> None:
     peers: list[KVFormat] = [*peer_formats(dims)]
     peers += [vllm_preset(name, dims, 2) for name in ("4bit_nc", "3bit_nc")]
     own: list[KVFormat] = [*plain_settings(shape, means), *small_pages(shape, means)]
-    own += compositions(shape, means, CONTEXT)
+    own += compositions(shape, means)
     rows += rows_of(reference, [*own, *peers], exact, shape)
 
     selection = Reference(model, calibration[-1:] if options.quick else calibration[1:])

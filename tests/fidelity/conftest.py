@@ -1,5 +1,5 @@
 """Tests of whole models need the transformers extra; formats do not."""
 
-from tests.integrations.conftest import _MISSING
+from tests.model_libraries import MISSING
 
-collect_ignore_glob = ["test_model_*.py"] if _MISSING else []
+collect_ignore_glob = ["test_model_*.py"] if MISSING else []

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from tests.integrations.conftest import _MISSING
+from tests.model_libraries import MISSING
 
 
 def test_models_are_tested_where_the_extra_is_installed():
-    if _MISSING:
-        pytest.skip(f"the transformers extra is not installed ({', '.join(_MISSING)} missing)")
+    if MISSING:
+        pytest.skip(f"the transformers extra is not installed ({', '.join(MISSING)} missing)")
 
 
 @pytest.mark.slow
