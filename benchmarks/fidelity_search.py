@@ -100,8 +100,8 @@ def main() -> None:
         "fidelity_search",
         rows,
         notes=[
-            "x vLLM preset: divergence over that of vLLM's preset with as many bits, which takes two "
-            "more bytes",
+            "x vLLM preset: divergence over that of vLLM's preset of as many bits, which takes 2 "
+            "bytes more",
             "encoding: least CPU time of one thread, head_dim 64, checks and packing included",
         ],
         json_path=options.json,
