@@ -219,7 +219,7 @@ class ScheduledStep(msgspec.Struct, frozen=True, gc=False):
         Decode steps taken as one; 1 unless asked for more.
     swaps : list of SwapPlan
         Copies between device and host to make before anything is computed, in this order. Empty
-        for a cache, which makes them itself.
+        for a cache, which makes them itself, and if copies overlap steps.
     """
 
     plan: StepPlan
@@ -265,6 +265,8 @@ class SchedulerStats(msgspec.Struct):
         Sequences preempted.
     swapped : int
         Those of them that went to the host.
+    swapped_out_pages, swapped_in_pages : int
+        Pages copied to the host and back, without those whose bytes were there.
     """
 
     admitted: int = 0
@@ -272,6 +274,8 @@ class SchedulerStats(msgspec.Struct):
     found_tokens: int = 0
     preempted: int = 0
     swapped: int = 0
+    swapped_out_pages: int = 0
+    swapped_in_pages: int = 0
 
     @property
     def hit_rate(self) -> float:

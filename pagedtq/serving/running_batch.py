@@ -20,13 +20,13 @@ class TokenRows:
 
     def take(self) -> int:
         """Return a row that nobody uses."""
-        if not self._free:
-            old, width = self._tokens.shape
-            grown = np.zeros((max(16, 2 * old), width), np.int32)
-            grown[:old] = self._tokens
-            self._tokens = grown
-            self._free = list(range(len(grown) - 1, old - 1, -1))
+        self.reserve(1)
         return self._free.pop()
+
+    def reserve(self, count: int) -> None:
+        """Have rows that nobody uses."""
+        while len(self._free) < count:
+            self._grow()
 
     def give_back(self, rows: Int64) -> None:
         """Let others use rows."""
@@ -51,6 +51,13 @@ class TokenRows:
         """Overwrite rows with others, all at once."""
         self._tokens[targets] = self._tokens[sources]
 
+    def _grow(self) -> None:
+        old, width = self._tokens.shape
+        grown = np.zeros((max(16, 2 * old), width), np.int32)
+        grown[:old] = self._tokens
+        self._tokens = grown
+        self._free[:0] = range(len(grown) - 1, old - 1, -1)
+
     def _widen(self, width: int) -> None:
         rows, old = self._tokens.shape
         if width > old:
@@ -60,7 +67,7 @@ class TokenRows:
 
 
 class RunningBatch:
-    """Sequences that decode, in the order in which they began.
+    """Sequences that decode, in the order in which they began or came back.
 
     Attributes
     ----------
@@ -99,14 +106,28 @@ class RunningBatch:
 
     def push(self, fields: tuple[int, ...], last: int) -> None:
         """Add a sequence; ``fields`` in the order of ``FIELDS``."""
-        capacity = self._last.size
-        if self.size == capacity:
-            self._fields = np.pad(self._fields, ((0, 0), (0, capacity)))
-            self._last = np.pad(self._last, (0, capacity))
+        self.reserve(1)
         self._fields[:, self.size] = fields
         self._last[self.size] = last
         self.size += 1
         self._view()
+
+    def extend(self, fields: Int64, last: Int32) -> None:
+        """Add sequences as `take_out` returned them."""
+        self.reserve(last.size)
+        at = slice(self.size, self.size + last.size)
+        self._fields[:, at], self._last[at] = fields, last
+        self.size += last.size
+        self._view()
+
+    def reserve(self, count: int) -> None:
+        """Have room for so many more."""
+        more = self.size + count - self._last.size
+        if more > 0:
+            more = max(more, self._last.size)
+            fields = np.pad(self._fields, ((0, 0), (0, more)))
+            self._fields, self._last = fields, np.pad(self._last, (0, more))
+            self._view()
 
     def remove(self, gone: Bools) -> None:
         """Remove the marked sequences; the others keep their order."""
@@ -118,9 +139,13 @@ class RunningBatch:
 
     def take_out(self, chosen: Bools) -> tuple[Int64, Int32]:
         """Remove the marked sequences; return their fields and their last tokens."""
-        fields, last = self._fields[:, : self.size][:, chosen], self.last[chosen]
+        fields, last = self.fields_of(chosen), self.last[chosen]
         self.remove(chosen)
         return fields, last
+
+    def fields_of(self, chosen: Bools) -> Int64:
+        """Return the fields of the marked sequences, ``int64[fields, n]``."""
+        return self._fields[:, : self.size][:, chosen]
 
     def advance(self, steps: int) -> None:
         """Store and sample tokens in every sequence."""
