@@ -113,6 +113,8 @@ class Planning(Preempting):
         if self._lacks_slots(width):
             return None
         seq_id = self._cache.open(entry.chain)
+        # Others may have changed since what can be found.
+        found = self.tables.length_of(seq_id)
         self._waiting.pop()
         self._prefills.append(Prefill(entry, seq_id, found))
         if job.num_found < 0:
