@@ -49,10 +49,13 @@ class Continuation(Intake):
                 )
         return chosen
 
-    def _fork_all(self, step: ScheduledStep, parents: Int64 | None) -> list[int]:
-        """Make the forks that a step ends with, in the order in which they are used; all or none.
+    def _prepare(self, step: ScheduledStep, parents: Int64 | None) -> list[int]:
+        """Do what may fail at the end of a step: find memory, and make its forks, all or none.
 
-        Whatever else may fail for want of memory comes first.
+        Returns
+        -------
+        list of int
+            The forks, in the order in which they are used.
         """
         sources: list[int] = []
         if parents is not None:
@@ -63,7 +66,9 @@ class Continuation(Intake):
         begun = sum(p.entry.width for p in ended)
         self._batch.reserve(begun + self.num_held)
         if self._track_tokens:
-            self._token_rows.reserve(begun)
+            generated = int(self._batch.generated.max(initial=0))
+            generated = max([generated, *(p.entry.generated for p in ended)])
+            self._token_rows.reserve(begun, generated + 1)
         forks: list[int] = []
         try:
             for seq_id in sources:
@@ -113,9 +118,11 @@ class Continuation(Intake):
         """Close sequences that are complete, of the batch from ``begin`` on."""
         batch = self._batch
         ended: Bools = batch.left == 0
-        ended[:begin] = False
-        stopped = self._stopped(begin)
-        ended[stopped] = True
+        if begin:
+            ended[:begin] = False
+        stopped = self._stopped(begin) if self._stop_tokens.size else []
+        if stopped:
+            ended[stopped] = True
         if not ended.any():
             return []
         finished = []
@@ -128,9 +135,8 @@ class Continuation(Intake):
 
     def _stopped(self, begin: int) -> list[int]:
         """Return the sequences whose last token ends them."""
-        if not self._stop_tokens.size:
-            return []
-        batch, stopped = self._batch, []
+        stopped: list[int] = []
+        batch = self._batch
         last, stops = batch.last[begin:], self._stop_tokens
         # One stop token is the common case, and `isin` costs several comparisons.
         hits = last == stops[0] if stops.size == 1 else np.isin(last, stops)

@@ -23,24 +23,22 @@ class TokenRows:
         self.reserve(1)
         return self._free.pop()
 
-    def reserve(self, count: int) -> None:
-        """Have rows that nobody uses."""
+    def reserve(self, count: int, width: int = 0) -> None:
+        """Have so many rows that nobody uses, and room for so many tokens in each."""
         while len(self._free) < count:
             self._grow()
+        self._widen(width)
 
     def give_back(self, rows: Int64) -> None:
         """Let others use rows."""
         self._free.extend(rows.tolist())
 
     def write(self, rows: Int64, places: Int64, tokens: Int32) -> None:
-        """Write one token into each row."""
-        if places.size and int(places.max()) >= self._tokens.shape[1]:
-            self._widen(int(places.max()) + 1)
+        """Write one token into each row, where there is room for it."""
         self._tokens[rows, places] = tokens
 
     def begin(self, row: int, tokens: Int32) -> None:
-        """Write the first tokens of a row."""
-        self._widen(tokens.size)
+        """Write the first tokens of a row, where there is room for them."""
         self._tokens[row, : tokens.size] = tokens
 
     def read(self, row: int, count: int) -> Int32:
@@ -170,7 +168,8 @@ class RunningBatch:
         ``page_size``-th step after that.
         """
         crossings = np.bincount(-self.length % self._page_size, minlength=self._page_size)
-        return np.cumsum(np.resize(crossings, steps))
+        taken: Int64 = crossings.take(np.arange(steps), mode="wrap").cumsum()
+        return taken
 
     def _view(self) -> None:
         (

@@ -16,7 +16,7 @@ one is never stored. Who runs is decided in `planning`, how sequences move to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,8 @@ class Scheduler(Continuation):
 
     def pages_ahead(self, num_steps: int) -> Int64:
         """Return the pages that decoding takes in all after each of the next steps."""
+        if self._ahead is not None and num_steps <= self._ahead.size:
+            return self._ahead[:num_steps]
         return self._batch.pages_taken(num_steps)
 
     def members(self, step: ScheduledStep) -> list[str]:
@@ -166,19 +168,24 @@ class Scheduler(Continuation):
         steady = not (self._preempted or self._prefills or self._forked)
         if choose_steps is not None and steady and not (self._held or self._moves or self._swaps):
             steps = self._choose(choose_steps)
-        seqs, new = batch.seqs, np.full(batch.size, steps)
-        samples = np.arange(batch.size)
+        size, samples = batch.size, np.arange(batch.size)
+        seqs: Int64 = batch.seqs
+        new: Int64 | int = steps
         told: list[tuple[str, int, bool]] = []
         if chunks:
-            seqs = np.append(seqs, [prefill.seq_id for prefill, _ in chunks])
-            new = np.append(new, [count for _, count in chunks])
-            ends = [prefill.done + n == prefill.entry.target for prefill, n in chunks]
-            width = [prefill.entry.width * end for (prefill, _), end in zip(chunks, ends)]
-            samples = np.append(samples, batch.size + np.repeat(np.arange(len(chunks)), width))
-            told = [
-                (prefill.entry.job.request.request_id, n, end)
-                for (prefill, n), end in zip(chunks, ends)
-            ]
+            members = size + len(chunks)
+            seqs, new = np.empty(members, np.int64), np.ones(members, np.int64)
+            seqs[:size] = batch.seqs
+            seqs[size:] = [prefill.seq_id for prefill, _ in chunks]
+            new[size:] = [count for _, count in chunks]
+            sampling: list[int] = []
+            for at, (prefill, count) in enumerate(chunks, size):
+                ends = prefill.done + count == prefill.entry.target
+                told.append((prefill.entry.job.request.request_id, count, ends))
+                if ends:
+                    sampling += [at] * prefill.entry.width
+            if sampling:
+                samples = np.concatenate((samples, np.array(sampling)))
         tokens = self._tokens_of(chunks) if self._track_tokens else None
         plan = self._begin(seqs, new, tokens)
         self._chunks = chunks
@@ -193,8 +200,12 @@ class Scheduler(Continuation):
             raise StepError("steps can be taken as one only without track_tokens")
         limit = int(self._batch.left.min())
         taken = self._batch.pages_taken(limit)
-        most = int(np.searchsorted(taken, self.tables.pool.num_free, side="right"))
-        steps = choose_steps(most)
+        most = int(taken.searchsorted(self.tables.pool.num_free, side="right"))
+        self._ahead = taken
+        try:
+            steps = choose_steps(most)
+        finally:
+            self._ahead = None
         if not 1 <= steps <= most:
             raise ArgumentError(f"expected to take 1 to {most} steps as one, got {steps}")
         return steps
@@ -215,7 +226,7 @@ class Scheduler(Continuation):
             parts.append(whole[start : start + count])
         return np.concatenate(parts)
 
-    def _begin(self, seqs: Int64, new: Int64, tokens: Int32 | None) -> StepPlan:
+    def _begin(self, seqs: Int64, new: Int64 | int, tokens: Int32 | None) -> StepPlan:
         if isinstance(self._cache, PageTables):
             return self._cache.reserve(seqs, new, tokens)
         return self._cache.begin_step(seqs, new, tokens)
@@ -284,7 +295,9 @@ class Scheduler(Continuation):
             else:
                 self._cache.commit()
             self._stored = True
-        forks = iter(self._fork_all(step, chosen))
+        forks: Iterator[int] = iter(())
+        if self._track_tokens or self._chunks:
+            forks = iter(self._prepare(step, chosen))
         # Nothing fails from here on.
         self._open, self._stored, self._forked = None, False, False
         batch = self._batch
@@ -310,6 +323,7 @@ class Scheduler(Continuation):
             self._chunks = []
             finished += self._retire(begun)
         self._take_back()
-        finished += [self._drop(name) for name in self._take_aborting()]
+        if self._aborting:
+            finished += [self._drop(name) for name in self._take_aborting()]
         self._try_closing()
         return StepOutput(finished, started)

@@ -94,6 +94,8 @@ class SchedulerState:
         self._chunks: list[tuple[Prefill, int]] = []
         self._held: list[tuple[Int64, Int32]] = []
         self._stored = False
+        # Pages that decoding takes after each step, while a number of steps is being chosen.
+        self._ahead: Int64 | None = None
         # What the next step tells: who gave way, and the copies to make.
         self._preempted: list[str] = []
         self._swaps: list[SwapPlan] = []
@@ -184,6 +186,8 @@ class SchedulerState:
 
     def _try_closing(self) -> None:
         """Close what is done with, unless others are at work in the tables."""
+        if not self._closing:
+            return
         # What the call has to tell must not be lost; `schedule` closes them then.
         with suppress(ConcurrentCallError, StepError):
             self._close_rest()

@@ -140,10 +140,10 @@ class CostModel:
 
     def step_seconds(
         self,
-        new_tokens: Int64 | np.int64,
-        read_tokens: Int64 | np.int64,
-        exact_tokens: Int64 | np.int64,
-        attended_pairs: Int64 | np.int64,
+        new_tokens: Int64 | int,
+        read_tokens: Int64 | int,
+        exact_tokens: Int64 | int,
+        attended_pairs: Int64 | int,
     ) -> Float64:
         """Return the seconds of steps, float64 of the arguments' common shape.
 

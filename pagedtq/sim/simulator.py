@@ -210,9 +210,7 @@ class Simulator:
         # Prompts in prefill, those that are stuck included, as long as before plus the new tokens.
         tokens = decoded + self.scheduler.num_prefill_tokens + prefilled
         tokens += self.scheduler.num_idle_tokens
-        seconds = float(
-            cost.step_seconds(np.int64(n + prefilled), *map(np.int64, (read, exact, pairs)))
-        )
+        seconds = float(cost.step_seconds(n + prefilled, read, exact, pairs))
         for plan in step.swaps:
             seconds += self._link.copy(plan, self.scheduler.swap_bytes(plan))
         self._clock += seconds
