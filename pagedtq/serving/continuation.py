@@ -93,7 +93,8 @@ class Continuation(Intake):
         batch.seqs[first] = seqs[parents[first]]
         for at in _later(parents):
             batch.seqs[at] = next(forks)
-        self._token_rows.copy(batch.token_rows[parents[moved]], batch.token_rows[moved])
+        if self._track_tokens:
+            self._token_rows.copy(batch.token_rows[parents[moved]], batch.token_rows[moved])
         self._forked = True
 
     def _start_decoding(

@@ -49,10 +49,12 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     def __post_init__(self) -> None:
         for field in ("step_tokens", "max_running"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if not 0 <= self.watermark < 1:
-            raise ConfigError(f"watermark must be in [0, 1), got {self.watermark}")
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{field} must be an integer of at least 1, got {value!r}")
+        share = self.watermark
+        if type(share) not in (int, float) or not 0 <= share < 1:
+            raise ConfigError(f"watermark must be a number in [0, 1), got {share!r}")
         for field, known in (
             ("admission", ("prompt", "chunk", "whole")),
             ("policy", ("fcfs", "priority")),

@@ -38,9 +38,15 @@ class Intake(Planning):
             If its id is taken, or tokens, salts or keys are bad.
         RequestTooLarge
             If it would not fit even alone.
+        ArgumentTypeError
+            If it is no `GenerationRequest`.
         ConcurrentCallError
             If another call is at work in the scheduler.
         """
+        if not isinstance(request, GenerationRequest):
+            raise ArgumentTypeError(
+                f"add expects a GenerationRequest, got {type(request).__name__}"
+            )
         name = request.request_id
         if name in self._numbers:
             raise RequestError(name, "the id is taken by a request that waits or runs; abort it")

@@ -296,7 +296,7 @@ class Scheduler(Continuation):
                 self._cache.commit()
             self._stored = True
         forks: Iterator[int] = iter(())
-        if self._track_tokens or self._chunks:
+        if self._track_tokens or self._chunks or chosen is not None:
             forks = iter(self._prepare(step, chosen))
         # Nothing fails from here on.
         self._open, self._stored, self._forked = None, False, False

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from pagedtq.cache.reports import cache_stats
+from pagedtq.paging import PageTables
+from pagedtq.serving import GenerationRequest, Scheduler
+from pagedtq.telemetry import PrometheusCollector
 from tests.serving.paged_engine import PagedEngine, assert_served, serve
 from tests.serving.test_scheduler import SIZE, assert_drained, request_of, scheduler_of
 
@@ -79,6 +83,66 @@ def test_window_slots_of_others_are_respected(host):
     assert scheduler.stats.preempted
     tables.close(other)
     assert_drained(scheduler)
+
+
+def test_samples_that_still_share_a_page_wait_for_their_copy_of_it():
+    """Only one of three finds a page to copy to; the others must not be forgotten to need one."""
+    scheduler = scheduler_of(4)
+    tables, request = scheduler.tables, request_of("a", 5, 4, num_samples=3)
+    other = tables.open()
+    tables.commit(tables.reserve([other], SIZE))
+    engine = PagedEngine(scheduler)
+    scheduler.add(request)
+    engine.run_step(scheduler.schedule())
+    fence = tables.fences.open()
+    tables.close(other)
+    assert (tables.pool.num_free, tables.pool.num_parked) == (1, 1)
+    for _ in range(2):
+        step = scheduler.schedule()
+        assert (step.num_decoding, scheduler.num_held, step.preempted) == (1, 2, [])
+        engine.run_step(step)
+    tables.fences.close(fence)
+    finished = serve(scheduler, engine=engine)
+    assert_served(request, finished["a"])
+    assert not scheduler.stats.preempted
+    assert_drained(scheduler)
+
+
+def test_a_search_of_lengths_forks_and_closes_by_parents_alone():
+    tables = PageTables(SIZE, 20)
+    scheduler = Scheduler(tables, track_tokens=False)
+    scheduler.add(GenerationRequest(request_id="a", prompt=6, max_tokens=5, beam_width=3))
+    scheduler.schedule()
+    scheduler.update()
+    for parents in ([0, 0, 1], [2, 2, 2], [0, 1, 2]):
+        step = scheduler.schedule()
+        output = scheduler.update(parents=parents)
+        tables.check_integrity()
+    assert tables.num_sequences == 3
+    step = scheduler.schedule()
+    assert step.num_decoding == 3
+    output = scheduler.update(parents=[1, 1, 0])
+    assert [done.num_tokens for done in output.finished[0].completions] == [5, 5, 5]
+    assert_drained(scheduler)
+
+
+def test_counts_of_a_scheduler_are_exported_beside_those_of_its_tables():
+    client = pytest.importorskip("prometheus_client")
+    scheduler = scheduler_of(12, host=50, preemption="swap")
+    registry = client.CollectorRegistry()
+    registry.register(
+        PrometheusCollector(lambda: cache_stats(scheduler.tables), scheduler.counters)
+    )
+    serve(scheduler, [request_of(name, 10, 12) for name in "abc"])
+    stats = scheduler.stats
+    assert stats.swapped_out_pages == stats.swapped_in_pages > 0
+    for name, value in (
+        ("pagedtq_preemptions_total", stats.preempted),
+        ("pagedtq_swapped_out_pages_total", stats.swapped_out_pages),
+        ("pagedtq_swapped_in_pages_total", stats.swapped_in_pages),
+        ("pagedtq_pages_free", 12),
+    ):
+        assert registry.get_sample_value(name) == value
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
