@@ -97,18 +97,17 @@ class Moving(SchedulerState):
     def _end(self, move: Move, outcome: Outcome) -> None:
         plan, entry, parked = move.plan, move.entry, move.parked
         if outcome != "done":
+            failed = outcome == "failed"
+            again = self._to_recompute(entry.job, parked.fields) if failed else entry
             self._cache.abort_swap(plan)
             del self._moves[id(plan)]
-            if outcome == "dropped":
-                self._closing += plan.seq_ids.tolist()
-                self._close_rest()
-            elif outcome == "cancelled":
+            if outcome == "cancelled":
                 self._waiting.push(entry)
-            else:
-                again = self._to_recompute(entry.job, parked.fields)
-                self._closing += plan.seq_ids.tolist()
+                return
+            self._closing += plan.seq_ids.tolist()
+            if failed:
                 self._queue_again(entry.job, again, parked.fields)
-                self._close_rest()
+            self._close_rest()
             return
         self._batch.reserve(parked.last.size)
         self._cache.commit_swap(plan)

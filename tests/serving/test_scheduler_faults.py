@@ -69,7 +69,7 @@ def run(faults, overlapped, fails_at):
     scheduler._batch._last = scheduler._batch._last[:1]
     scheduler._batch._fields = scheduler._batch._fields[:, :1]
     engine = CopyingEngine(scheduler) if overlapped else PagedEngine(scheduler)
-    requests = [request_of("a", 7, 6), request_of("b", 9, 5, num_samples=2)]
+    requests = [request_of("a", 7, 6), request_of("b", 9, 5, num_samples=3)]
     failures = []
 
     def insist(call, *arguments):

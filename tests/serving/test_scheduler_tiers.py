@@ -85,7 +85,7 @@ def test_window_slots_of_others_are_respected(host):
     assert_drained(scheduler)
 
 
-def test_samples_that_still_share_a_page_wait_for_their_copy_of_it():
+def test_samples_that_still_share_a_page_wait_for_their_copy_of_it(monkeypatch):
     """Only one of three finds a page to copy to; the others must not be forgotten to need one."""
     scheduler = scheduler_of(4)
     tables, request = scheduler.tables, request_of("a", 5, 4, num_samples=3)
@@ -97,6 +97,15 @@ def test_samples_that_still_share_a_page_wait_for_their_copy_of_it():
     fence = tables.fences.open()
     tables.close(other)
     assert (tables.pool.num_free, tables.pool.num_parked) == (1, 1)
+
+    def fail(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "reserve", fail)
+        with pytest.raises(MemoryError):
+            scheduler.schedule()
+    assert (scheduler.num_held, scheduler.num_running) == (0, 3)
     for _ in range(2):
         step = scheduler.schedule()
         assert (step.num_decoding, scheduler.num_held, step.preempted) == (1, 2, [])
