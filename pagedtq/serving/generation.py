@@ -50,11 +50,13 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     def __post_init__(self) -> None:
         for field in ("step_tokens", "max_running"):
             value = getattr(self, field)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{field} must be an integer of at least 1, got {value!r}")
+            if type(value) is not int:
+                raise ConfigError(f"{field} must be an integer, got {value!r}")
+            if value < 1:
+                raise ConfigError(f"{field} must be at least 1, got {value}")
         share = self.watermark
         if type(share) not in (int, float) or not 0 <= share < 1:
-            raise ConfigError(f"watermark must be a number in [0, 1), got {share!r}")
+            raise ConfigError(f"watermark must be in [0, 1), got {share!r}")
         for field, known in (
             ("admission", ("prompt", "chunk", "whole")),
             ("policy", ("fcfs", "priority")),
