@@ -105,6 +105,11 @@ class SequenceRows:
         self._grow_rows(16)
 
     @property
+    def turn(self) -> Turn:
+        """What a caller takes who makes several changes as one; see `exclusive`."""
+        return self._turn
+
+    @property
     def num_sequences(self) -> int:
         """Open sequences."""
         return self._ids.size - len(self._free_rows)
