@@ -25,6 +25,8 @@ Hasher: TypeAlias = Callable[[bytes], Any]
 #: Bytes of a key made here; keys made elsewhere may have any length.
 KEY_BYTES = 32
 INT32 = np.iinfo(np.int32)
+#: How token ids are kept where they will be hashed.
+RAW_TOKENS = np.dtype("<i4")
 
 
 class BlockHasher:
@@ -73,7 +75,7 @@ class BlockHasher:
             As `extras_of` returns it.
         """
         size, hashed = 4 * self.page_size, self._hash
-        data = np.ascontiguousarray(tokens, "<i4").tobytes()
+        data = np.ascontiguousarray(tokens, RAW_TOKENS).tobytes()
         key = self.root if parent is None else parent
         keys = []
         stop = len(data) - size + 1
@@ -87,22 +89,23 @@ class BlockHasher:
             keys.append(key)
         return keys
 
-    def extend(self, chains: Sequence[list[bytes]], tokens: Int32) -> list[bytes]:
+    def extend(self, chains: Sequence[list[bytes]], blocks: Sequence[bytes]) -> list[bytes]:
         """Append to each of several chains the key of its next block; return those keys.
 
         Parameters
         ----------
         chains : sequence of list of bytes
             Keys of the blocks before, each a list of its own.
-        tokens : int32[n, P]
-            The blocks.
+        blocks : sequence of bytes
+            The tokens of each block, as they are hashed.
         """
-        hashed, root, added = self._hash, self.root, []
-        blocks = np.ascontiguousarray(tokens, "<i4").view(f"V{4 * self.page_size}").ravel()
-        for keys, block in zip(chains, blocks.tolist(), strict=True):
-            key = hashed((keys[-1] if keys else root) + block).digest()
+        hashed, root = self._hash, self.root
+        added = [
+            hashed((keys[-1] if keys else root) + block).digest()
+            for keys, block in zip(chains, blocks, strict=True)
+        ]
+        for keys, key in zip(chains, added, strict=True):
             keys.append(key)
-            added.append(key)
         return added
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import ArgumentError, ArgumentTypeError, IntegrityError
-from .arguments import Bools, Int32, integer
+from .arguments import Bools, Int32, Int64, integer
 
 
 class PrefixObserver(Protocol):
@@ -157,14 +157,14 @@ class PrefixIndex:
     def publish_each(
         self,
         keys: Sequence[bytes],
-        pages: Int32,
-        parents: Sequence[bytes | None],
-        tokens: Int32,
+        pages: Int32 | Int64,
+        parents: Sequence[bytes | None] = (),
+        tokens: Int32 | None = None,
     ) -> None:
-        """Let pages hold one block each of several sequences, ``tokens`` int32[n, P].
+        """Let pages hold one block each of several sequences.
 
         Pages that hold a block already (a fork published it) are skipped. Nothing is checked;
-        ``parents`` are needed only with an observer.
+        ``parents`` and ``tokens`` (int32[n, P]) are needed only with an observer.
         """
         observer, by_page = self.observer, self._keys
         listed = pages.tolist()
@@ -177,7 +177,7 @@ class PrefixIndex:
             if by_page[page] is None:
                 self._enter_one(key, page)
                 if observer is not None:
-                    observer.stored([key], parents[at], tokens[at])
+                    observer.stored([key], parents[at], None if tokens is None else tokens[at])
         self._held[pages] = True
 
     def forget(self, pages: Int32) -> None:
@@ -260,15 +260,17 @@ class PrefixIndex:
 
     def _enter_many(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
         # `_enter_one` for each, with what it looks up looked up once.
-        enter, copies = self._first.setdefault, self._copies
         by_page, held = self._keys, self._flags
         for key, page in zip(keys, pages, strict=True):
             by_page[page] = key
             held[page] = True
-            first = enter(key, page)
-            if first != page:
-                copies.setdefault(key, {first: None})[page] = None
         self._num_held += len(keys)
+        firsts = list(map(self._first.setdefault, keys, pages))
+        if firsts == pages:
+            return
+        for key, page, first in zip(keys, pages, firsts, strict=True):
+            if first != page:
+                self._copies.setdefault(key, {first: None})[page] = None
 
     def _enter_one(self, key: bytes, page: int) -> None:
         """Enter a key; the caller marks the page as held."""
