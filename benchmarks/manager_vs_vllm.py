@@ -2,7 +2,11 @@
 
 Needs vLLM's scheduler core (vllm 0.33; its manager imports on a machine without a GPU). Both do the
 same step: one token for every running request, as vLLM is meant to be called, one request after the
-other, the new token's append (which hashes a block that fills) included. Ratios are of medians.
+other, the new token's append (which hashes a block that fills) included. Ratios are of the totals
+of all rounds. Each side does as many rounds as a page has tokens in a row, so that every row fills
+a block in each such period, then the other one does; the worst period is given beside the total.
+The batched calls know a batch that decodes on: where one request leaves and another one joins
+between any two steps (not timed), they do not.
 """
 
 from __future__ import annotations
@@ -48,6 +52,7 @@ class Peer:
             enable_caching=caching,
         )
         self.requests = [self.request(str(i), prompt) for i, prompt in enumerate(prompts)]
+        self.num_requests = len(self.requests)
         for request in self.requests:
             self.admit(request)
 
@@ -66,6 +71,13 @@ class Peer:
         assert taken is not None
         request.num_computed_tokens = request.num_tokens
 
+    def replace(self, at: int, prompt: np.ndarray) -> None:
+        """Let a request leave and another one join."""
+        self.manager.free(self.requests[at])
+        self.num_requests += 1
+        self.requests[at] = self.request(str(self.num_requests), prompt)
+        self.admit(self.requests[at])
+
     def step(self, tokens: list[int]) -> None:
         """Append a token to every request."""
         allocate = self.manager.allocate_slots
@@ -75,7 +87,30 @@ class Peer:
             request.num_computed_tokens += 1
 
 
-class Ours:
+class Batch:
+    """Our batched calls with the same requests."""
+
+    def __init__(self, prompts: Sequence[np.ndarray], caching: bool) -> None:
+        self.tables = PageTables(PAGE, POOL, sharing=SharingOptions() if caching else None)
+        self.seq_ids = np.array([self.admit(prompt) for prompt in prompts])
+
+    def admit(self, prompt: np.ndarray) -> int:
+        """Open a sequence with all its tokens."""
+        seq_id = self.tables.open(prompt)
+        append(self.tables, np.array([seq_id]), len(prompt) - self.tables.length_of(seq_id))
+        return seq_id
+
+    def step(self, tokens: np.ndarray) -> None:
+        """Append a token to every sequence."""
+        append(self.tables, self.seq_ids, 1, tokens)
+
+    def replace(self, at: int, prompt: np.ndarray) -> None:
+        """Let a sequence leave and another one join."""
+        self.tables.close(int(self.seq_ids[at]))
+        self.seq_ids[at] = self.admit(prompt)
+
+
+class Facade:
     """Our façade with the same requests."""
 
     def __init__(self, prompts: Sequence[np.ndarray], caching: bool) -> None:
@@ -96,20 +131,24 @@ class Ours:
 def main(argv: Sequence[str] | None = None) -> None:
     options = arguments("manager_vs_vllm", __doc__, argv)
     rng = np.random.default_rng(options.seed)
-    rounds = 12 if options.quick else 48
+    periods = 2 if options.quick else 6
     rows = []
     for num_seqs in (64, 1024):
         for caching in (False, True):
-            rows += step_rows(num_seqs, caching, rounds, rng)
-    rows.append(admission_row(rounds, rng))
+            rows += step_rows(num_seqs, caching, periods, rng)
+        rows.append(changing_row(num_seqs, periods, rng))
+    rows.append(in_phase_row(1024, periods, rng))
+    rows.append(admission_row(periods, rng))
     for count in (10, 1000):
-        rows += page_rows(count, rounds, rng)
+        rows += page_rows(count, 4 * periods, rng)
     publish(
         "manager_vs_vllm",
         rows,
         notes=(
-            f"vllm {metadata.version('vllm')}; {rounds} rounds, pages of {PAGE} tokens",
-            "microseconds, median of the rounds: process CPU time (get and free: wall clock)",
+            f"vllm {metadata.version('vllm')}; {periods} periods of {PAGE} rounds (get and free: "
+            f"{4 * periods}), pages of {PAGE} tokens",
+            "microseconds of process CPU time per round, mean of all; worst period: the least "
+            "ratio of any; worst step: the slowest of all rounds instead of the mean",
         ),
         json_path=options.json,
         seed=options.seed,
@@ -118,28 +157,61 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def step_rows(
-    num_seqs: int, caching: bool, rounds: int, rng: np.random.Generator
+    num_seqs: int, caching: bool, periods: int, rng: np.random.Generator
 ) -> list[dict[str, object]]:
     prompts = [rng.integers(0, VOCABULARY, n) for n in lengths_of(num_seqs, POOL, rng)]
-    peer, facade = Peer(prompts, caching), Ours(prompts, caching)
-    tables = PageTables(PAGE, POOL, sharing=SharingOptions() if caching else None)
-    seq_ids = np.array([tables.open(prompt) for prompt in prompts])
-    tables.commit(tables.reserve(seq_ids, [len(prompt) for prompt in prompts]))
+    peer, batch, facade = (kind(prompts, caching) for kind in (Peer, Batch, Facade))
     calls = []
-    for _ in range(rounds):
+    for _ in range(periods * PAGE):
         tokens = rng.integers(0, VOCABULARY, num_seqs).astype(np.int32)
         listed = tokens.tolist()
-        batched = partial(append, tables, seq_ids, 1, tokens)
-        calls.append((partial(peer.step, listed), batched, partial(facade.step, listed)))
-    theirs, batch, one = timed(calls)
+        calls.append(
+            (partial(peer.step, listed), partial(batch.step, tokens), partial(facade.step, listed))
+        )
+    theirs, ours, one = by_period(calls)
     name = f"step, {num_seqs} requests, caching {'on' if caching else 'off'}"
-    return [line(f"{name}: batched", theirs, batch), line(f"{name}: façade", theirs, one)]
+    return [line(f"{name}: batched", theirs, ours), line(f"{name}: façade", theirs, one)]
 
 
-def admission_row(rounds: int, rng: np.random.Generator) -> dict[str, object]:
+def changing_row(num_seqs: int, periods: int, rng: np.random.Generator) -> dict[str, object]:
+    """Time steps between which one request leaves and another one joins."""
+    prompts = [rng.integers(0, VOCABULARY, n) for n in lengths_of(num_seqs, POOL, rng)]
+    peer, batch = Peer(prompts, True), Batch(prompts, True)
+    seconds = np.empty((2, periods, PAGE))
+    for period, i in np.ndindex(periods, PAGE):
+        at, prompt = int(rng.integers(num_seqs)), rng.integers(0, VOCABULARY, PROMPT)
+        tokens = rng.integers(0, VOCABULARY, num_seqs).astype(np.int32)
+        peer.replace(at, prompt)
+        seconds[0, period, i] = seconds_of(partial(peer.step, tokens.tolist()))
+        batch.replace(at, prompt)
+        seconds[1, period, i] = seconds_of(partial(batch.step, tokens))
+    name = f"step, {num_seqs} requests, one of them new, caching on: batched"
+    return line(name, *seconds.mean(axis=2))
+
+
+def in_phase_row(num_seqs: int, periods: int, rng: np.random.Generator) -> dict[str, object]:
+    """Time the worst of steps where all requests fill a block at once, and take one at once."""
+    prompts = list(rng.integers(0, VOCABULARY, (num_seqs, 20 * PAGE)))
+    peer, batch = Peer(prompts, True), Batch(prompts, True)
+    seconds = np.empty((2, periods, PAGE))
+    for period in range(periods):
+        steps = rng.integers(0, VOCABULARY, (PAGE, num_seqs)).astype(np.int32)
+        for i, tokens in enumerate(steps.tolist()):
+            seconds[0, period, i] = seconds_of(partial(peer.step, tokens))
+        for i, tokens in enumerate(steps):
+            seconds[1, period, i] = seconds_of(partial(batch.step, tokens))
+    worst = seconds.max(axis=2)
+    row = line(f"worst step, {num_seqs} requests in phase, caching on: batched", *worst)
+    slowest = worst.max(axis=1)
+    row.update(zip(("vllm us", "pagedtq us"), (slowest * 1e6).tolist(), strict=True))
+    row["times faster"] = float(slowest[0] / slowest[1])
+    return row
+
+
+def admission_row(periods: int, rng: np.random.Generator) -> dict[str, object]:
     peer, manager, hasher = Peer([], True), BlockManager(POOL, PAGE), BlockHasher(PAGE)
     calls = []
-    for i in range(rounds):
+    for i in range(periods * PAGE):
         prompt = rng.integers(0, VOCABULARY, PROMPT).astype(np.int32)
         calls.append(
             (
@@ -147,51 +219,62 @@ def admission_row(rounds: int, rng: np.random.Generator) -> dict[str, object]:
                 lambda i=i, p=prompt: admit(manager, ServedRequest(str(i), p, hasher)),
             )
         )
-    return line(f"admission of {PROMPT} new tokens, hashing included", *timed(calls))
+    return line(f"admission of {PROMPT} new tokens, hashing included", *by_period(calls))
 
 
-def page_rows(count: int, rounds: int, rng: np.random.Generator) -> list[dict[str, object]]:
+def page_rows(count: int, periods: int, rng: np.random.Generator) -> list[dict[str, object]]:
+    """Time getting ``count`` pages so many times, then freeing what was got each time."""
     theirs, ours = BlockPool(100_000, True, PAGE), PagePool(100_000)
     order = rng.permutation(99_999)
     blocks = theirs.get_new_blocks(99_999)
     theirs.free_blocks([blocks[i] for i in order])
     ours.release(ours.acquire(99_999)[order])
-    seconds = np.empty((4, rounds))
-    for i in range(rounds):
-        times = [time.perf_counter()]
-        taken = theirs.get_new_blocks(count)
-        times.append(time.perf_counter())
-        theirs.free_blocks(taken)
-        times.append(time.perf_counter())
-        pages = ours.acquire(count)
-        times.append(time.perf_counter())
-        ours.release(pages)
-        times.append(time.perf_counter())
-        seconds[:, i] = np.diff(times)
+    pairs = ((theirs.get_new_blocks, theirs.free_blocks), (ours.acquire, ours.release))
+    seconds = np.empty((2, 2, periods))
+    for period, side in np.ndindex(periods, 2):
+        get, free = pairs[side]
+        taken: list[object] = []
+        start = time.process_time()
+        for _ in range(PAGE):
+            taken.append(get(count))
+        middle = time.process_time()
+        for some in taken:
+            free(some)
+        seconds[:, side, period] = middle - start, time.process_time() - middle
+    seconds /= PAGE
     return [
-        line(f"get {count} of 100 000 pages", seconds[0], seconds[2]),
-        line(f"free {count} of 100 000 pages", seconds[1], seconds[3]),
+        line(f"get {count} of 100 000 pages", *seconds[0]),
+        line(f"free {count} of 100 000 pages", *seconds[1]),
     ]
 
 
-def timed(rounds: Sequence[tuple[Callable[[], object], ...]]) -> np.ndarray:
-    """Return the seconds of each call, ``[calls of a round, rounds]``; the peer's come first."""
-    seconds = np.empty((len(rounds[0]), len(rounds)))
-    for j in range(len(seconds)):
-        for i, calls in enumerate(rounds):
-            start = time.process_time()
-            calls[j]()
-            seconds[j, i] = time.process_time() - start
+def by_period(rounds: Sequence[tuple[Callable[[], object], ...]]) -> np.ndarray:
+    """Return mean seconds of each side's call, ``[sides, periods]``; the peer's comes first."""
+    num_periods = len(rounds) // PAGE
+    seconds = np.empty((len(rounds[0]), num_periods))
+    for period, side in np.ndindex(num_periods, len(seconds)):
+        calls = [calls[side] for calls in rounds[period * PAGE : (period + 1) * PAGE]]
+        start = time.process_time()
+        for call in calls:
+            call()
+        seconds[side, period] = (time.process_time() - start) / PAGE
     return seconds
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
 def line(name: str, theirs: np.ndarray, ours: np.ndarray) -> dict[str, object]:
+    """Compare the mean seconds of a round in every period."""
     return {
         "what": name,
-        "vllm us": float(np.median(theirs)) * 1e6,
-        "pagedtq us": float(np.median(ours)) * 1e6,
-        "times faster": float(np.median(theirs) / np.median(ours)),
-        "by minima": float(theirs.min() / ours.min()),
+        "vllm us": float(theirs.mean()) * 1e6,
+        "pagedtq us": float(ours.mean()) * 1e6,
+        "times faster": float(theirs.mean() / ours.mean()),
+        "worst period": float((theirs / ours).min()),
     }
 
 

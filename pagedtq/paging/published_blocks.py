@@ -194,6 +194,13 @@ class PublishedBlocks(SharedPrefixes):
             return
         chain = self._chains[row]
         have = len(chain.keys)
+        if chain.opaque and stop == first + 1 <= have:
+            # One block with a name, as decoding request by request fills them.
+            page = self._table.item(row, first)
+            if page and not self.prefix.holds(page):
+                parent = chain.keys[first - 1] if first else None
+                self.prefix.enter(chain.keys[first:stop], (page,), parent, tokens)
+            return
         pages = self._table[row, first:stop]
         if have < stop:
             unnamed = self._table[row, have:stop]
