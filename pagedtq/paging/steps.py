@@ -201,7 +201,10 @@ class Steps(DecodeRuns):
             if publish_to is not None:
                 upto = token_counts("publish_to", publish_to, plan.rows.size)
             self._end_step(plan, "commit")
-            if upto is not None or not self._publish_run():
+            if upto is not None:
+                # A run knows no drafts.
+                self._run = None
+            if not self._publish_run():
                 self._publish(plan.rows, upto)
         finally:
             self._turn.append(None)

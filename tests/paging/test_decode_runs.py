@@ -119,7 +119,8 @@ def some_action(rng):
     if what == "decode":
         picks = [rng.randrange(8) for _ in range(rng.randint(1, 3))]
         kind = rng.choice(["new"] * 4 + ["alike"] * 8 + ["none"])
-        return what, picks, rng.randint(2, 13), kind, rng.random() < 0.5
+        end = rng.choice(["commit"] * 6 + ["abort", "drafts"])
+        return what, picks, rng.randint(3, 13), kind, rng.random() < 0.5, end
     if what == "change":
         what = rng.choice(CHANGES)
     if what == "step":
@@ -150,16 +151,18 @@ def operations_of(action, num_open, clock):
     if not num_open:
         return []
     if what == "decode":
-        picks, times, kind, listed = rest
+        picks, times, kind, listed, end = rest
         members = sorted({pick % num_open for pick in picks})
         counts = [1] * len(members) if listed else 1
-        common = {"members": members, "counts": counts, "end": "commit", "drafts": 0}
+        common = {"members": members, "counts": counts, "drafts": 0}
         steps = []
-        for _ in range(times):
+        for time in range(times):
             clock[0] += 1
             tokens = [(clock[0] * 7 + at) % 5 if kind == "new" else 3 for at in members]
             tokens = None if kind == "none" else np.array(tokens, np.int32)
-            steps.append(partial(Side.step, **common, tokens=tokens))
+            # The last but one may end otherwise.
+            odd = end if time == times - 2 else "commit"
+            steps.append(partial(Side.step, **common, tokens=tokens, end=odd))
         return steps
     if what == "step":
         chosen = {pick % num_open: count for pick, count in rest[0]}
@@ -237,9 +240,9 @@ def test_decoding_on_does_what_each_step_alone_would(page_size, sharing, observe
     totals = Counter()
 
     @settings(
-        max_examples=20, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
     )
-    @given(st.integers(0, 1 << 32), st.integers(5, 40))
+    @given(st.integers(0, 1 << 32), st.integers(15, 45))
     def compare(seed, num_actions):
         rng, clock = random.Random(seed), [0]
         sides = [Side(page_size, runs, sharing, observed, retained) for runs in (True, False)]
@@ -253,4 +256,4 @@ def test_decoding_on_does_what_each_step_alone_would(page_size, sharing, observe
         assert sides[1].num_run_steps == 0
 
     compare()
-    assert totals["run steps"] > 300, "hardly any step was part of a run: the law proves little"
+    assert totals["run steps"] > 200, "hardly any step was part of a run: the law proves little"
