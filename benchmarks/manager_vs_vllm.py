@@ -131,7 +131,7 @@ class Facade:
 def main(argv: Sequence[str] | None = None) -> None:
     options = arguments("manager_vs_vllm", __doc__, argv)
     rng = np.random.default_rng(options.seed)
-    periods = 2 if options.quick else 6
+    periods = 2 if options.quick else 8
     rows = []
     for num_seqs in (64, 1024):
         for caching in (False, True):
@@ -140,13 +140,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows.append(in_phase_row(1024, periods, rng))
     rows.append(admission_row(periods, rng))
     for count in (10, 1000):
-        rows += page_rows(count, 4 * periods, rng)
+        rows += page_rows(count, rng)
     publish(
         "manager_vs_vllm",
         rows,
         notes=(
             f"vllm {metadata.version('vllm')}; {periods} periods of {PAGE} rounds (get and free: "
-            f"{4 * periods}), pages of {PAGE} tokens",
+            f"until each page was taken once), pages of {PAGE} tokens",
             "microseconds of process CPU time per round, mean of all; worst period: the least "
             "ratio of any; worst step: the slowest of all rounds instead of the mean",
         ),
@@ -222,8 +222,9 @@ def admission_row(periods: int, rng: np.random.Generator) -> dict[str, object]:
     return line(f"admission of {PROMPT} new tokens, hashing included", *by_period(calls))
 
 
-def page_rows(count: int, periods: int, rng: np.random.Generator) -> list[dict[str, object]]:
-    """Time getting ``count`` pages so many times, then freeing what was got each time."""
+def page_rows(count: int, rng: np.random.Generator) -> list[dict[str, object]]:
+    """Time getting pages so many times, then freeing what was got each time."""
+    periods = 100_000 // (count * PAGE)
     theirs, ours = BlockPool(100_000, True, PAGE), PagePool(100_000)
     order = rng.permutation(99_999)
     blocks = theirs.get_new_blocks(99_999)

@@ -120,7 +120,7 @@ class DecodeRuns(PublishedBlocks):
             if run is None:
                 self._decoded = rows, HOPELESS
                 return None
-        if self._twins.count or not run.appends(num_new_tokens):
+        if not run.appends(num_new_tokens):
             return None
         tokens = None
         if self.prefix is not None:
@@ -176,23 +176,24 @@ class DecodeRuns(PublishedBlocks):
             self._decoded = (rows, self.version) if even else (None, 0)
 
     def _begin_run(self, rows: Int64) -> DecodeRun | None:
-        """Return a run of a batch if nothing stands against one."""
+        """Return a run of a batch that just made a step of one token each, unless it is odd.
+
+        That step wrote into each open page. So nobody else owns it, it can not be found, and it has
+        no twin; and until the version changes nothing of that does.
+        """
         length = self._length.take(rows)
         blocks = length // self._size
         offsets = length - blocks * self._size
-        opened = offsets.nonzero()[0]
-        pages = self._table[rows[opened], blocks[opened]]
-        if self.pool.num_shared and np.count_nonzero(self.pool.ref_counts.take(pages) > 1):
-            return None
         if self.prefix is not None and (
             # Tokens are not known, or blocks are to be published still, or never.
             np.count_nonzero(self._known.take(rows) != length)
             or np.count_nonzero(self._prompt_end.take(rows) > length)
             or np.count_nonzero(self._published.take(rows) != blocks)
             or np.count_nonzero(self._taint.take(rows))
-            or np.count_nonzero(self.prefix.held.take(pages))
         ):
             return None
+        opened = offsets.nonzero()[0]
+        pages = self._table[rows[opened], blocks[opened]]
         places = np.zeros_like(length)
         places[opened] = pages * self._size + offsets[opened]
         return DecodeRun(rows, self._ids[rows], offsets, places)
