@@ -3,8 +3,8 @@
 Needs vLLM's scheduler core (vllm 0.33; its manager imports on a machine without a GPU). Both do the
 same step: one token for every running request, as vLLM is meant to be called, one request after the
 other, the new token's append (which hashes a block that fills) included. Ratios are of the totals
-of all rounds. Each side does as many rounds as a page has tokens in a row, so that every row fills
-a block in each such period, then the other one does; the worst period is given beside the total.
+of all rounds. The sides take turns of 64 rounds, in which every row fills and takes several pages;
+the worst turn is given beside the total.
 The batched calls know a batch that decodes on: where one request leaves and another one joins
 between any two steps (not timed), they do not.
 """
@@ -34,6 +34,9 @@ try:
     from vllm.v1.request import Request
 except ImportError as error:
     raise SystemExit(f"vLLM's scheduler core is needed: {error}") from error
+
+#: Rounds that each side does in a row.
+TURN = 4 * PAGE
 
 
 class Peer:
@@ -131,24 +134,24 @@ class Facade:
 def main(argv: Sequence[str] | None = None) -> None:
     options = arguments("manager_vs_vllm", __doc__, argv)
     rng = np.random.default_rng(options.seed)
-    periods = 2 if options.quick else 8
+    turns = 1 if options.quick else 4
     rows = []
     for num_seqs in (64, 1024):
         for caching in (False, True):
-            rows += step_rows(num_seqs, caching, periods, rng)
-        rows.append(changing_row(num_seqs, periods, rng))
-    rows.append(in_phase_row(1024, periods, rng))
-    rows.append(admission_row(periods, rng))
+            rows += step_rows(num_seqs, caching, turns, rng)
+        rows.append(changing_row(num_seqs, turns, rng))
+    rows.append(in_phase_row(1024, turns, rng))
+    rows.append(admission_row(turns, rng))
     for count in (10, 1000):
         rows += page_rows(count, rng)
     publish(
         "manager_vs_vllm",
         rows,
         notes=(
-            f"vllm {metadata.version('vllm')}; {periods} periods of {PAGE} rounds (get and free: "
-            f"until each page was taken once), pages of {PAGE} tokens",
-            "microseconds of process CPU time per round, mean of all; worst period: the least "
-            "ratio of any; worst step: the slowest of all rounds instead of the mean",
+            f"vllm {metadata.version('vllm')}; {turns} turns of {TURN} rounds (get and free: turns "
+            f"of {PAGE}, until each page was taken once), pages of {PAGE} tokens",
+            "microseconds of process CPU time per round, mean of all; worst turn: the least ratio "
+            "of any; worst step: the slowest of all rounds instead of the mean",
         ),
         json_path=options.json,
         seed=options.seed,
@@ -157,49 +160,49 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def step_rows(
-    num_seqs: int, caching: bool, periods: int, rng: np.random.Generator
+    num_seqs: int, caching: bool, turns: int, rng: np.random.Generator
 ) -> list[dict[str, object]]:
     prompts = [rng.integers(0, VOCABULARY, n) for n in lengths_of(num_seqs, POOL, rng)]
     peer, batch, facade = (kind(prompts, caching) for kind in (Peer, Batch, Facade))
     calls = []
-    for _ in range(periods * PAGE):
+    for _ in range(turns * TURN):
         tokens = rng.integers(0, VOCABULARY, num_seqs).astype(np.int32)
         listed = tokens.tolist()
         calls.append(
             (partial(peer.step, listed), partial(batch.step, tokens), partial(facade.step, listed))
         )
-    theirs, ours, one = by_period(calls)
+    theirs, ours, one = by_turn(calls)
     name = f"step, {num_seqs} requests, caching {'on' if caching else 'off'}"
     return [line(f"{name}: batched", theirs, ours), line(f"{name}: façade", theirs, one)]
 
 
-def changing_row(num_seqs: int, periods: int, rng: np.random.Generator) -> dict[str, object]:
+def changing_row(num_seqs: int, turns: int, rng: np.random.Generator) -> dict[str, object]:
     """Time steps between which one request leaves and another one joins."""
     prompts = [rng.integers(0, VOCABULARY, n) for n in lengths_of(num_seqs, POOL, rng)]
     peer, batch = Peer(prompts, True), Batch(prompts, True)
-    seconds = np.empty((2, periods, PAGE))
-    for period, i in np.ndindex(periods, PAGE):
+    seconds = np.empty((2, turns, TURN))
+    for turn, i in np.ndindex(turns, TURN):
         at, prompt = int(rng.integers(num_seqs)), rng.integers(0, VOCABULARY, PROMPT)
         tokens = rng.integers(0, VOCABULARY, num_seqs).astype(np.int32)
         peer.replace(at, prompt)
-        seconds[0, period, i] = seconds_of(partial(peer.step, tokens.tolist()))
+        seconds[0, turn, i] = seconds_of(partial(peer.step, tokens.tolist()))
         batch.replace(at, prompt)
-        seconds[1, period, i] = seconds_of(partial(batch.step, tokens))
+        seconds[1, turn, i] = seconds_of(partial(batch.step, tokens))
     name = f"step, {num_seqs} requests, one of them new, caching on: batched"
     return line(name, *seconds.mean(axis=2))
 
 
-def in_phase_row(num_seqs: int, periods: int, rng: np.random.Generator) -> dict[str, object]:
+def in_phase_row(num_seqs: int, turns: int, rng: np.random.Generator) -> dict[str, object]:
     """Time the worst of steps where all requests fill a block at once, and take one at once."""
     prompts = list(rng.integers(0, VOCABULARY, (num_seqs, 20 * PAGE)))
     peer, batch = Peer(prompts, True), Batch(prompts, True)
-    seconds = np.empty((2, periods, PAGE))
-    for period in range(periods):
-        steps = rng.integers(0, VOCABULARY, (PAGE, num_seqs)).astype(np.int32)
+    seconds = np.empty((2, turns, TURN))
+    for turn in range(turns):
+        steps = rng.integers(0, VOCABULARY, (TURN, num_seqs)).astype(np.int32)
         for i, tokens in enumerate(steps.tolist()):
-            seconds[0, period, i] = seconds_of(partial(peer.step, tokens))
+            seconds[0, turn, i] = seconds_of(partial(peer.step, tokens))
         for i, tokens in enumerate(steps):
-            seconds[1, period, i] = seconds_of(partial(batch.step, tokens))
+            seconds[1, turn, i] = seconds_of(partial(batch.step, tokens))
     worst = seconds.max(axis=2)
     row = line(f"worst step, {num_seqs} requests in phase, caching on: batched", *worst)
     slowest = worst.max(axis=1)
@@ -208,10 +211,10 @@ def in_phase_row(num_seqs: int, periods: int, rng: np.random.Generator) -> dict[
     return row
 
 
-def admission_row(periods: int, rng: np.random.Generator) -> dict[str, object]:
+def admission_row(turns: int, rng: np.random.Generator) -> dict[str, object]:
     peer, manager, hasher = Peer([], True), BlockManager(POOL, PAGE), BlockHasher(PAGE)
     calls = []
-    for i in range(periods * PAGE):
+    for i in range(turns * TURN):
         prompt = rng.integers(0, VOCABULARY, PROMPT).astype(np.int32)
         calls.append(
             (
@@ -219,20 +222,20 @@ def admission_row(periods: int, rng: np.random.Generator) -> dict[str, object]:
                 lambda i=i, p=prompt: admit(manager, ServedRequest(str(i), p, hasher)),
             )
         )
-    return line(f"admission of {PROMPT} new tokens, hashing included", *by_period(calls))
+    return line(f"admission of {PROMPT} new tokens, hashing included", *by_turn(calls))
 
 
 def page_rows(count: int, rng: np.random.Generator) -> list[dict[str, object]]:
     """Time getting pages so many times, then freeing what was got each time."""
-    periods = 100_000 // (count * PAGE)
+    turns = 100_000 // (count * PAGE)
     theirs, ours = BlockPool(100_000, True, PAGE), PagePool(100_000)
     order = rng.permutation(99_999)
     blocks = theirs.get_new_blocks(99_999)
     theirs.free_blocks([blocks[i] for i in order])
     ours.release(ours.acquire(99_999)[order])
     pairs = ((theirs.get_new_blocks, theirs.free_blocks), (ours.acquire, ours.release))
-    seconds = np.empty((2, 2, periods))
-    for period, side in np.ndindex(periods, 2):
+    seconds = np.empty((2, 2, turns))
+    for turn, side in np.ndindex(turns, 2):
         get, free = pairs[side]
         taken: list[object] = []
         start = time.process_time()
@@ -241,7 +244,7 @@ def page_rows(count: int, rng: np.random.Generator) -> list[dict[str, object]]:
         middle = time.process_time()
         for some in taken:
             free(some)
-        seconds[:, side, period] = middle - start, time.process_time() - middle
+        seconds[:, side, turn] = middle - start, time.process_time() - middle
     seconds /= PAGE
     return [
         line(f"get {count} of 100 000 pages", *seconds[0]),
@@ -249,16 +252,16 @@ def page_rows(count: int, rng: np.random.Generator) -> list[dict[str, object]]:
     ]
 
 
-def by_period(rounds: Sequence[tuple[Callable[[], object], ...]]) -> np.ndarray:
-    """Return mean seconds of each side's call, ``[sides, periods]``; the peer's comes first."""
-    num_periods = len(rounds) // PAGE
-    seconds = np.empty((len(rounds[0]), num_periods))
-    for period, side in np.ndindex(num_periods, len(seconds)):
-        calls = [calls[side] for calls in rounds[period * PAGE : (period + 1) * PAGE]]
+def by_turn(rounds: Sequence[tuple[Callable[[], object], ...]]) -> np.ndarray:
+    """Return mean seconds of each side's call, ``[sides, turns]``; the peer's comes first."""
+    num_turns = len(rounds) // TURN
+    seconds = np.empty((len(rounds[0]), num_turns))
+    for turn, side in np.ndindex(num_turns, len(seconds)):
+        calls = [calls[side] for calls in rounds[turn * TURN : (turn + 1) * TURN]]
         start = time.process_time()
         for call in calls:
             call()
-        seconds[side, period] = (time.process_time() - start) / PAGE
+        seconds[side, turn] = (time.process_time() - start) / TURN
     return seconds
 
 
@@ -269,13 +272,13 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def line(name: str, theirs: np.ndarray, ours: np.ndarray) -> dict[str, object]:
-    """Compare the mean seconds of a round in every period."""
+    """Compare the mean seconds of a round in every turn."""
     return {
         "what": name,
         "vllm us": float(theirs.mean()) * 1e6,
         "pagedtq us": float(ours.mean()) * 1e6,
         "times faster": float(theirs.mean() / ours.mean()),
-        "worst period": float((theirs / ours).min()),
+        "worst turn": float((theirs / ours).min()),
     }
 
 

@@ -16,6 +16,9 @@ import numpy as np
 from ..errors import ArgumentError, ArgumentTypeError, IntegrityError
 from .arguments import Bools, Int32, Int64, integer
 
+#: Up to so many pages a loop is faster than NumPy's calls.
+FEW = 16
+
 
 class PrefixObserver(Protocol):
     """What is told of every change of a `PrefixIndex`."""
@@ -183,6 +186,12 @@ class PrefixIndex:
     def forget(self, pages: Int32) -> None:
         """Let pages hold nothing; those that hold nothing already are skipped."""
         if not self._num_held:
+            return
+        if pages.size <= FEW:
+            flags = self._flags
+            some = [page for page in pages.tolist() if flags[page]]
+            if some:
+                self.forget_held(np.array(some, np.int32))
             return
         # Counting costs a fraction of picking, and mostly there is nothing to pick.
         held = self._held[pages]
