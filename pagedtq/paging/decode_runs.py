@@ -230,7 +230,8 @@ class DecodeRuns(PublishedBlocks):
             if turn is None:
                 return False
             self._published[turn.rows] = turn.blocks
-            self._publish_next_blocks(turn.keys, turn.pages)
+            # Each page was taken by one of them and has been its own since.
+            self._publish_next_blocks(turn.keys, turn.pages, fresh=True)
         self._run = run
         return True
 

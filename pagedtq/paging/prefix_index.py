@@ -163,17 +163,20 @@ class PrefixIndex:
         pages: Int32 | Int64,
         parents: Sequence[bytes | None] = (),
         tokens: Int32 | None = None,
+        *,
+        fresh: bool = False,
     ) -> None:
         """Let pages hold one block each of several sequences.
 
-        Pages that hold a block already (a fork published it) are skipped. Nothing is checked;
-        ``parents`` and ``tokens`` (int32[n, P]) are needed only with an observer.
+        Pages that hold a block already (a fork published it) are skipped, unless the caller knows
+        that all are ``fresh``: none does, and none is given twice. Nothing is checked; ``parents``
+        and ``tokens`` (int32[n, P]) are needed only with an observer.
         """
         observer, by_page = self.observer, self._keys
         listed = pages.tolist()
-        # The common case: none is there already, nor given twice.
-        fresh = not np.count_nonzero(self._held[pages]) and len(set(listed)) == len(listed)
-        if fresh and observer is None:
+        if observer is None and not fresh:
+            fresh = not np.count_nonzero(self._held[pages]) and len(set(listed)) == len(listed)
+        if observer is None and fresh:
             self._enter_many(keys, listed)
             return
         for at, (key, page) in enumerate(zip(keys, listed, strict=True)):

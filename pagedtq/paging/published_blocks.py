@@ -175,15 +175,17 @@ class PublishedBlocks(SharedPrefixes):
         for row, first, stop in zip(rows.tolist(), done.tolist(), complete.tolist(), strict=True):
             self._publish_blocks(row, first, stop)
 
-    def _publish_next_blocks(self, chains: list[list[bytes]], pages: Int32 | Int64) -> None:
+    def _publish_next_blocks(
+        self, chains: list[list[bytes]], pages: Int32 | Int64, *, fresh: bool = False
+    ) -> None:
         """Hash and publish one further block of each sequence, all at once; given are their keys.
 
-        No two of them have the same list of keys.
+        No two of them have the same list of keys. ``fresh`` is as in `PrefixIndex.publish_each`.
         """
         assert self.prefix is not None
         keys = self._hasher.extend(chains, self._page_blocks[pages].tolist())
         if self.prefix.observer is None:
-            self.prefix.publish_each(keys, pages)
+            self.prefix.publish_each(keys, pages, fresh=fresh)
             return
         parents = [own[-2] if len(own) > 1 else None for own in chains]
         self.prefix.publish_each(keys, pages, parents, self._page_tokens[pages])
