@@ -133,6 +133,7 @@ class OneRow(Steps):
         """Return how many blocks of a sequence were published or found."""
         return self._published.item(self._row_of(seq_id))
 
+    @exclusive
     def publish_keys(
         self, seq_id: int, block_keys: Sequence[bytes], token_ids: Int32 | None = None
     ) -> None:
@@ -152,19 +153,6 @@ class OneRow(Steps):
         ArgumentError
             If the sequence names no blocks, has other keys for them, or is too short.
         """
-        # As `exclusive`, without the price of passing arguments on.
-        try:
-            self._turn.pop()
-        except IndexError:
-            raise calls_met("publish_keys") from None
-        try:
-            self._publish_keys(seq_id, block_keys, token_ids)
-        finally:
-            self._turn.append(None)
-
-    def _publish_keys(
-        self, seq_id: int, block_keys: Sequence[bytes], token_ids: Int32 | None
-    ) -> None:
         row = self._resident_row(seq_id, "publish blocks of")
         chain = self._chains.get(row)
         if chain is None or not chain.opaque:
