@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import attend_stage, correctness_stage, processes, step_stage
+from benchmarks.gpu import (
+    attend_stage,
+    correctness_stage,
+    peer_folder,
+    prepare_flashinfer,
+    prepare_vllm,
+    processes,
+    step_stage,
+)
 from benchmarks.gpu.baselines import baselines
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.device_timing import TrialMeter
@@ -25,7 +34,7 @@ from benchmarks.gpu.figures import (
 from benchmarks.gpu.listing_device import ListingDevice
 from benchmarks.gpu.peer_folder import NotHere, add_package
 from benchmarks.gpu.processes import pytest_command, run_stage, sanitizer_command, skipped
-from benchmarks.gpu.workloads import Workload, attend_rows, operation_rows, trials
+from benchmarks.gpu.workloads import Workload, at_size, attend_rows, operation_rows
 from pagedtq.backends import cupy_device
 from pagedtq.paging.layout import PageLayout
 
@@ -86,14 +95,15 @@ def test_the_matrix_holds_every_axis_and_what_has_a_figure_to_reach_comes_first(
     assert {row.operation for row in others} == {"store", "score", "copy", "swap", "attend"}
     assert {row.order for row in others} == {"layer_major", "page_major"}
     assert {row.window for row in others} == {0, 64}
+    assert at_size(rows, "full") == rows
 
 
 def test_trials_are_small_and_keep_the_kernels():
-    small = trials(attend_rows(), 2, 80)
+    small = at_size(attend_rows(), "listing")
     assert {(row.form, row.dim, row.page) for row in small} == {
         (row.form, row.dim, row.page) for row in attend_rows()
     }
-    assert all(row.batch <= 2 and row.tokens <= 80 for row in small)
+    assert all(row.batch <= 2 and row.tokens <= 300 for row in small)
 
 
 def test_figures_are_medians_spreads_shares_and_ratios():
@@ -268,3 +278,57 @@ def test_only_the_stages_asked_for_run_and_others_are_refused_by_name(capsys):
     assert "no stage 'nothing'" in capsys.readouterr().err
     assert sum(command.STAGES.values()) <= 60 * 7.6
     assert np.all(np.array(list(command.STAGES.values())) >= 10)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=("installed", "wheel"))
+def test_vllms_files_are_taken_out_as_they_are_with_their_licence(tmp_path, packed):
+    installed = tmp_path / "installed"
+    for name in (*prepare_vllm.FILES, "vllm-0.33.0.dist-info/licenses/LICENSE"):
+        (installed / name).parent.mkdir(parents=True, exist_ok=True)
+        (installed / name).write_text(f"# {name}\n")
+    (installed / "vllm/__init__.py").write_text("raise ImportError('all of vLLM')\n")
+    source = installed
+    if packed:
+        source = tmp_path / "vllm.whl"
+        with zipfile.ZipFile(source, "w") as wheel:
+            for path in sorted(installed.rglob("*")):
+                wheel.write(path, path.relative_to(installed))
+    prepare_vllm.main([str(source), str(tmp_path / "peers")])
+    target = tmp_path / "peers/vllm-turboquant"
+    assert (target / prepare_vllm.FILES[0]).read_text() == f"# {prepare_vllm.FILES[0]}\n"
+    assert (target / "LICENSE").exists() and (target / "vllm/triton_utils.py").exists()
+    # Packages hold nothing of their own, so importing them imports nothing else.
+    assert not (target / "vllm/__init__.py").read_text()
+    assert (target / "vllm/v1/attention/ops/__init__.py").exists()
+    assert add_prepared(tmp_path / "peers") == target
+
+
+def add_prepared(folder):
+    peer_folder.use_folder(folder)
+    try:
+        return peer_folder.add_package("vllm-turboquant")
+    finally:
+        sys.path.remove(str(folder / "vllm-turboquant"))
+        peer_folder._folders.remove(folder)
+
+
+def test_what_flashinfer_imported_and_built_is_where_it_looks_first(tmp_path):
+    unpacked, built = tmp_path / "unpacked", tmp_path / "cache/decode.so"
+    template = unpacked / "flashinfer/data/csrc/batch_decode.cu"
+    core, licence = unpacked / "flashinfer/jit/core.py", unpacked / "f.dist-info/LICENSE"
+    for path in (core, licence, template, template.with_name("moe.cu"), built):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    library = unpacked / "flashinfer/data/aot/decode/decode.so"
+    lines = [
+        ["python", str(core)],
+        ["a", "remark"],
+        ["library", str(built), str(library)],
+    ]
+    prepare_flashinfer.collect(lines, unpacked, tmp_path / "trimmed")
+    found = {str(p.relative_to(tmp_path / "trimmed")) for p in (tmp_path / "trimmed").rglob("*.*")}
+    data = "flashinfer/data"
+    assert found == {
+        *("flashinfer/jit/core.py", f"{data}/aot/decode/decode.so", f"{data}/csrc/batch_decode.cu")
+    }
+    assert (tmp_path / "trimmed/LICENSE").read_text() == "LICENSE"

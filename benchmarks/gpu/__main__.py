@@ -65,16 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.inside:
         return inside(options)
     report = Report(options)
-    begin, wanted = time.perf_counter(), options.only or list(STAGES)
-    scale = 60 * options.minutes / sum(STAGES.values())
+    begin = time.perf_counter()
+    wanted = {name: STAGES[name] for name in STAGES if name in (options.only or STAGES)}
+    scale = 60 * options.minutes / sum(wanted.values())
     ahead = 0.0
     with tempfile.TemporaryDirectory() as scratch:
-        for name, share in STAGES.items():
-            if name not in wanted:
-                continue
-            ahead += share * (1.0 if options.only else scale)
-            left = 60 * options.minutes - (time.perf_counter() - begin)
-            seconds = left if options.only else min(left, ahead - (time.perf_counter() - begin))
+        for name, share in wanted.items():
+            ahead += share * scale
+            seconds = ahead - (time.perf_counter() - begin)
             if seconds < 5:
                 report.add(skipped(name, f"{options.minutes:g} minutes are over"))
                 continue

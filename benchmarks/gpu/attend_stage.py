@@ -10,7 +10,7 @@ from benchmarks.gpu.baselines import Builder, baselines, shape_of
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.figures import Times, crossover, ratios, time_columns
 from benchmarks.gpu.operations import Prepared
-from benchmarks.gpu.workloads import Workload, attend_rows, trials
+from benchmarks.gpu.workloads import Workload, at_size, attend_rows
 
 #: Beside the repository, where the trace lies if somebody put it there.
 TRACE = Path(__file__).parents[3] / "shared/traces/AzureLLMInferenceTrace_conv_2023.csv"
@@ -80,12 +80,7 @@ def is_bar(row: Workload) -> bool:
 
 def chosen(bench: Bench) -> list[Workload]:
     """Return the workloads of a size."""
-    rows = attend_rows(azure_lengths(bench))
-    if bench.size == "quick":
-        return trials(rows, 4, 2048)
-    if bench.size == "tiny":
-        return trials(rows, 2, 80, dim=64, page=16, heads=2)
-    return rows
+    return at_size(attend_rows(azure_lengths(bench)), bench.size)
 
 
 def azure_lengths(bench: Bench) -> tuple[int, ...]:

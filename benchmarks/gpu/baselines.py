@@ -7,7 +7,7 @@ A baseline is set up for a workload's shape, timed and freed. Names say the type
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,7 +57,7 @@ def plain(fp8: bool, fineness: int, device: Any, row: Workload) -> Baseline:
     copies = copies_of(nbytes)
     pages = copies * int(blocks.sum())
     pool = PlainDecode(device, row.dim, row.page, row.heads, row.group, pages + 1, fp8)
-    pool.fill(*plain_content(pool, rng))
+    pool.fill(*plain_content(fp8, (min(_DRAWN_PAGES, pages), *pool.keys.shape[1:])))
     order = 1 + rng.permutation(pages).astype(np.int32)
     shape = (len(blocks), row.heads * row.group, row.dim)
     queries = device.upload(bfloat16_bits(rng.standard_normal(shape)))
@@ -73,11 +73,11 @@ def plain(fp8: bool, fineness: int, device: Any, row: Workload) -> Baseline:
     return Baseline(captured(device, launches), copies, nbytes)
 
 
-def plain_content(pool: PlainDecode, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return random bits for `PlainDecode.fill`."""
-    shape = (min(_DRAWN_PAGES, len(pool.keys)), *pool.keys.shape[1:])
-    both = rng.standard_normal((2, *shape), np.float32)
-    return [e4m3_codes(x) if pool.fp8 else bfloat16_bits(x) for x in both]
+@cache
+def plain_content(fp8: bool, shape: tuple[int, ...]) -> list[np.ndarray]:
+    """Return random bits for `PlainDecode.fill`; drawing and rounding them takes a while."""
+    both = np.random.default_rng(1).standard_normal((2, *shape), np.float32)
+    return [e4m3_codes(x) if fp8 else bfloat16_bits(x) for x in both]
 
 
 def import_torch() -> Any:

@@ -49,7 +49,7 @@ def build(bench: Bench) -> None:
 def listing(bench: Bench) -> list[Launch]:
     """Return a launch of every specialisation that the measuring stages need."""
     device = ListingDevice(bench.device.arch, bench.device.multiprocessors)
-    size = "tiny" if bench.size == "tiny" else "quick"
+    size = "tiny" if bench.size == "tiny" else "listing"
     for stage in (
         ceilings.ceilings,
         attend_stage.attend,

@@ -9,7 +9,7 @@ import numpy as np
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.figures import Times, time_columns
 from benchmarks.gpu.operations import Prepared
-from benchmarks.gpu.workloads import Workload, operation_rows, trials
+from benchmarks.gpu.workloads import Workload, at_size, operation_rows
 
 
 def operations(bench: Bench) -> None:
@@ -67,11 +67,4 @@ def _swap(bench: Bench, row: Workload, prepared: Prepared) -> None:
 
 def chosen(bench: Bench) -> list[Workload]:
     """Return the workloads of a size."""
-    rows = operation_rows()
-    if bench.size == "quick":
-        return trials(rows, 4, 2048)
-    if bench.size == "tiny":
-        # A window is a multiple of the page.
-        small = trials(rows, 2, 80, dim=64, page=16, heads=2)
-        return [row._replace(window=16 * (row.window > 0)) for row in small]
-    return rows
+    return at_size(operation_rows(), bench.size)

@@ -7,6 +7,7 @@ device: what compressed pages gain against this is not gained against a weak opp
 from __future__ import annotations
 
 import math
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,12 @@ KERNELS = Path(__file__).parent / "kernels"
 COLUMNS = 8
 #: Tokens below which a part is not worth its partial state.
 MIN_PART_TOKENS = 256
+
+
+def kernel_macros(head_dim: int, fp8: bool) -> dict[str, int]:
+    """Return the specialisation; compilers' caches do not look into included files."""
+    sources = b"".join(path.read_bytes() for path in sorted(KERNELS.iterdir()))
+    return {"HEAD_DIM": head_dim, "KV_FP8": int(fp8), "PLAIN_SOURCES": zlib.crc32(sources)}
 
 
 class Units(NamedTuple):
@@ -144,7 +151,7 @@ class PlainDecode:
             empty(states, np.float32),
         )
         file = str(KERNELS / "plain_decode.cu")
-        macros = {"HEAD_DIM": self.head_dim, "KV_FP8": int(self.fp8)}
+        macros = kernel_macros(self.head_dim, self.fp8)
         scale = self.head_dim**-0.5 * math.log2(math.e) * self.key_scale
         launches = [
             Launch(

@@ -22,7 +22,7 @@ FILES = (
 )
 
 STAND_INS = {
-    "vllm/platforms.py": '''"""Stands in for vLLM's platform: CUDA, or the CPU under an interpreter."""
+    "vllm/platforms.py": '''"""Stands in for vLLM's platform: CUDA, or an interpreter on the CPU."""
 
 import torch
 

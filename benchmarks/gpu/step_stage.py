@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.operations import Prepared, drawn
-from benchmarks.gpu.workloads import LAYERS, Workload
+from benchmarks.gpu.workloads import LAYERS, Workload, at_size
 from pagedtq.paging.layout import PageLayout
 
 #: Memory whose largest batch is looked for, and the context of every sequence in it.
@@ -34,18 +34,11 @@ def step(bench: Bench) -> None:
     for form in ("k4v4", "exact"):
         for batch, tokens in ((1, 64), (1, 8192), (64, 4096)):
             row = Workload("step", form, batch, tokens, layers=LAYERS)
-            bench.attempt(row.label(), lambda row=row: one(bench, trial(bench, row)))
+            (row,) = at_size([row], bench.size)
+            bench.attempt(row.label(), lambda row=row: one(bench, row))
     for form in ("k4v4", "exact"):
-        row = largest(form, BUDGET if bench.size == "full" else 1 << 27)
-        bench.attempt(row.label(), lambda row=row: one(bench, trial(bench, row), "128 GiB pool"))
-
-
-def trial(bench: Bench, row: Workload) -> Workload:
-    """Return the step at a bench's size."""
-    if bench.size == "full":
-        return row
-    small = row.shrunk(4, 1024)
-    return small.shrunk(2, 80, dim=64, page=16, heads=2) if bench.size == "tiny" else small
+        (row,) = at_size([largest(form, BUDGET)], bench.size)
+        bench.attempt(row.label(), lambda row=row: one(bench, row, "128 GiB pool"))
 
 
 def largest(form: str, budget: int) -> Workload:

@@ -128,16 +128,15 @@ class Workload(NamedTuple):
         pool = PageLayout(self._config(self.pages)).pool_bytes
         return pool + (self.bytes_moved() if self.operation in ("score", "swap") else 0) + (1 << 30)
 
-    def shrunk(self, batch: int, tokens: int, **fields: int) -> Workload:
+    def shrunk(self, batch: int, tokens: int) -> Workload:
         """Return a trial of it: the same kernels on little."""
         lengths = tuple(min(tokens, length) for length in self.lengths[:batch])
-        small = self._replace(
+        return self._replace(
             batch=min(self.batch, batch),
             tokens=min(self.tokens, tokens),
             lengths=lengths,
             layers=min(self.layers, 2),
         )
-        return small._replace(**fields)
 
     def _config(self, pages: int) -> CacheConfig:
         keys, values = PRESETS[self.form]
@@ -207,6 +206,17 @@ def operation_rows() -> list[Workload]:
     return rows
 
 
-def trials(rows: Iterable[Workload], batch: int, tokens: int, **fields: int) -> list[Workload]:
-    """Return small versions of workloads, each once."""
-    return list(dict.fromkeys(row.shrunk(batch, tokens, **fields) for row in rows))
+#: Sequences and tokens of trials.
+TRIALS = {"quick": (4, 2048), "listing": (2, 300), "tiny": (2, 80)}
+
+
+def at_size(rows: Iterable[Workload], size: str) -> list[Workload]:
+    """Return workloads, or small versions of them, each once; see `Bench`."""
+    if size == "full":
+        return list(rows)
+    small = [row.shrunk(*TRIALS[size]) for row in rows]
+    if size == "tiny":
+        # A window is a multiple of the page.
+        page = {"dim": 64, "page": 16, "heads": 2}
+        small = [row._replace(**page, window=16 * (row.window > 0)) for row in small]
+    return list(dict.fromkeys(small))

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.gpu.plain_decode import KERNELS
+from benchmarks.gpu.plain_decode import KERNELS, kernel_macros
 from pagedtq.backends.kernel_source import compile_cubin, specialise
 from tests.gate import sass
 
@@ -23,7 +23,7 @@ def tools():
 @pytest.mark.parametrize("fp8", [0, 1])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_plain_decode_needs_less_than_half_of_the_issue_slots_that_bandwidth_leaves(head_dim, fp8):
-    source = specialise(str(KERNELS / "plain_decode.cu"), {"HEAD_DIM": head_dim, "KV_FP8": fp8})
+    source = specialise(str(KERNELS / "plain_decode.cu"), kernel_macros(head_dim, bool(fp8)))
     cubin = compile_cubin(source, ARCH)
     assert (cubin.spill_bytes, cubin.stack_bytes) == (0, 0)
     assert cubin.registers <= 168  # three blocks of 128 threads
