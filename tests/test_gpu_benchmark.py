@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.baselines import baselines
 from benchmarks.gpu.bench import Bench
-from benchmarks.gpu.device_timing import TrialMeter
+from benchmarks.gpu.device_timing import CudaMeter, TrialMeter
 from benchmarks.gpu.figures import (
     Times,
     crossover,
@@ -36,13 +37,14 @@ from benchmarks.gpu.peer_folder import NotHere, add_package
 from benchmarks.gpu.processes import pytest_command, run_stage, sanitizer_command, skipped
 from benchmarks.gpu.workloads import Workload, at_size, attend_rows, operation_rows
 from pagedtq.backends import cupy_device
+from pagedtq.cli import build_parser
 from pagedtq.paging.layout import PageLayout
 
 BAR = Workload("attend", "k4v4", 64, 32768)
 
 
-def trial_bench(path=None, **options):
-    return Bench("trial", ListingDevice(), TrialMeter(), 1e6, "tiny", path=path, **options)
+def trial_bench(path=None, size="tiny"):
+    return Bench("trial", ListingDevice(), TrialMeter(), 1e6, size, path=path)
 
 
 def test_without_a_device_the_command_says_so_and_exits_with_its_own_code(capsys, monkeypatch):
@@ -153,14 +155,50 @@ def test_every_stage_builds_its_arguments_without_a_device(stage, monkeypatch):
     assert all(reason.startswith("not run: ") for reason in reasons)
 
 
-def test_the_listing_names_every_attention_kernel_of_the_matrix():
-    launches = correctness_stage.listing(trial_bench())
+@pytest.mark.slow
+def test_the_listing_names_the_kernels_of_the_full_run(monkeypatch):
+    monkeypatch.setattr(attend_stage, "azure_lengths", lambda bench: (300, 17))
+    bench = trial_bench(size="full")
+    launches = correctness_stage.listing(bench)
+    assert not bench.rows
     kernels = {launch.kernel for launch in launches}
     assert kernels >= {
         *("attend", "merge", "rotate_queries", "store", "score", "copy_pages", "attend_window"),
-        *("plain_decode", "prmt_rate", "imma_rate"),
+        *("plain_decode", "merge_units", "prmt_rate", "imma_rate"),
     }
-    assert len([launch for launch in launches if launch.kernel == "attend"]) >= 7
+    attend = [launch.macros for launch in launches if launch.kernel == "attend"]
+    assert {macros["HEAD_DIM"] for macros in attend} == {64, 128}
+    # Formats at d 128 and 64, small pages, both group sizes in one.
+    assert len(attend) >= 10
+
+
+def test_the_meter_times_one_operation_of_many():
+    class Event:
+        now = 0.0
+
+        def record(self, stream):
+            self.at = Event.now
+
+        def synchronize(self):
+            pass
+
+    cuda = SimpleNamespace(
+        Event=Event,
+        get_current_stream=lambda: None,
+        get_elapsed_time=lambda begin, end: end.at - begin.at,
+    )
+    meter = CudaMeter(SimpleNamespace(xp=SimpleNamespace(cuda=cuda)), budget=0.25)
+
+    def call():  # eight milliseconds
+        Event.now += 8.0
+
+    times = meter.measure(call, calls=4)
+    assert len(times.seconds) == 15 and times.median == pytest.approx(2e-3)
+
+    def slow():
+        Event.now += 2000.0
+
+    assert len(meter.measure(slow).seconds) == 5
 
 
 def test_what_fails_becomes_a_row_and_the_stage_goes_on(tmp_path):
@@ -228,6 +266,16 @@ def test_the_sanitizer_runs_the_small_part_of_the_suite():
     assert line[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
     assert "tests/gpu" in line and "-k" in line
     assert pytest_command()[:3] == [sys.executable, "-m", "pytest"]
+
+
+def test_the_simulation_is_a_command_that_parses_and_its_report_is_read(tmp_path):
+    line = processes.simulate_command(tmp_path, quick=False)
+    options = build_parser().parse_args(line[3:])
+    assert (options.model.name, options.execute, options.backend) == ("llama-3.1-8b", 16, "cuda")
+    forms = [{"name": "k4v4", "execution": {"decode_tokens_per_second": 9.0}}, {"name": "fp8"}]
+    (tmp_path / "report.json").write_text(json.dumps({"formats": forms}))
+    row = {"stage": "simulate", "format": "k4v4", "decode_tokens_per_second": 9.0}
+    assert command.simulated(tmp_path) == [row]
 
 
 def fake_stage(path, seconds=0.0):
