@@ -8,25 +8,32 @@ every window. Bytes are per token and KV head at the window's length, everything
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from benchmarks.report import arguments, publish
 from benchmarks.small_decoder import CONTEXT, trained, windows
-from pagedtq.config import Exact, LayerOverride, preset
+from pagedtq.config import CacheConfig, Exact, LayerOverride, TurboQuant, preset
 from pagedtq.fidelity.evaluation import probe
 from pagedtq.fidelity.formats import CacheFormat, KVFormat, Uncompressed
 from pagedtq.fidelity.measures import Reference
 from pagedtq.fidelity.peer_formats import peer_formats, vllm_preset
-from pagedtq.fidelity.sensitivity import recommend, sweep
+from pagedtq.fidelity.sensitivity import Sensitivity, recommend, sweep
 from pagedtq.fidelity.settings import config_fields, setting
 from pagedtq.models import ModelShape
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
+#: Bytes per token and head: those of k2v2, k3v3 and k4v4 without a window, and some between.
+BUDGETS = (44.0, 52.0, 60.0, 68.0)
+#: Bytes per token and head that compositions may take.
+EQUAL_BYTES = 80.0
+#: Tokens of the exact window.
+WINDOWS = (0, 16, 32, 64, 128, 256)
 
 
 def plain_settings(shape: ModelShape, means: np.ndarray) -> list[CacheFormat]:
@@ -45,31 +52,56 @@ def small_pages(shape: ModelShape, means: np.ndarray) -> Iterator[CacheFormat]:
         yield CacheFormat(f"k4v4-w{page_size}-centred (page {page_size})", config, means)
 
 
-def compositions(shape: ModelShape, means: np.ndarray) -> Iterator[CacheFormat]:
-    """Yield what can be bought with the same bytes: exact layers, a window, more bits.
+def compositions(
+    shape: ModelShape, means: np.ndarray, sensitivities: Sequence[Sensitivity]
+) -> Iterator[CacheFormat]:
+    """Yield what at most ``EQUAL_BYTES`` per token and head buy.
 
-    Two exact layers of a 3-bit cache cost much more than a window; the uniform setting nearest in
-    bytes stands beside each.
+    More bits, exact layers, a window and bits by layer, each alone and together.
     """
-    for count in (1, 2):
-        ends = (*range(count), *range(-count, 0))
-        exact = LayerOverride(layers=ends, keys=Exact(), values=Exact())
-        for name in ("k2v2", "k3v3", "k4v4"):
-            for window in (0, 64):
-                config = preset(name, **config_fields(shape), overrides=(exact,), window=window)
-                label = f"{name}-w{window}-centred+{count}x2 exact"
-                yield CacheFormat(label, config, means)
+    for name in ("k4v4-w64", "k4v4-w64-centred", "k3v3-w192-centred", "k2v2-w320-centred"):
+        yield setting(name, shape, means)
+    wider = CacheConfig(
+        **config_fields(shape), keys=TurboQuant(bits=5), values=TurboQuant(bits=4), window=0
+    )
+    yield CacheFormat("k5v4-w0-centred", wider, means)
+    for layer in (0, shape.num_layers - 1):
+        exact = LayerOverride(layers=(layer,), keys=Exact(), values=Exact())
+        for window in (0, 64):
+            config = preset("k2v2", **config_fields(shape), overrides=(exact,), window=window)
+            yield CacheFormat(f"k2v2-w{window}-centred, layer {layer} exact", config, means)
+    for window in (0, 64, 128):
+        yield by_layer(shape, means, sensitivities, EQUAL_BYTES, window)
+
+
+def by_layer(
+    shape: ModelShape,
+    means: np.ndarray,
+    sensitivities: Sequence[Sensitivity],
+    bytes_per_head: float,
+    window: int = 0,
+) -> CacheFormat:
+    """Return the bits by layer that were found best for a budget per token and head."""
+    budget = bytes_per_head * shape.num_layers * shape.num_kv_heads
+    best = recommend(sensitivities, shape, budget, CONTEXT, window=window)
+    bits = f"k{''.join(map(str, best.key_bits))} v{''.join(map(str, best.value_bits))}"
+    return CacheFormat(f"{bits}, w{window}, centred", best.config, means)
 
 
 def rows_of(
-    reference: Reference, formats: Sequence[KVFormat], exact: KVFormat, shape: ModelShape
+    part: str,
+    reference: Reference,
+    formats: Iterable[KVFormat],
+    exact: KVFormat,
+    shape: ModelShape,
 ) -> Iterator[dict[str, Any]]:
     """Measure formats one after the other."""
     heads = shape.num_layers * shape.num_kv_heads
-    for form in formats:
+    for form in tqdm(list(formats), desc=f"{part}, {reference.context} tokens", disable=None):
         found = reference.measure(form, exact)
         worst = found.worst_heads[0]
         yield {
+            "part": part,
             "context": reference.context,
             "setting": found.name,
             "B/token/head": found.bytes_per_token / heads,
@@ -83,10 +115,13 @@ def rows_of(
         }
 
 
-def windows_by_context(shape: ModelShape, means: np.ndarray) -> list[CacheFormat]:
-    """Return the windows among which the default for a context is chosen."""
-    names = [f"{name}-w{w}-centred" for name in ("k4v4", "k3v3") for w in (0, 64, 128, 192)]
-    return [setting(name, shape, means) for name in names]
+def windows_by_context(shape: ModelShape, means: np.ndarray) -> Iterator[CacheFormat]:
+    """Yield the windows among which the default for a context is chosen."""
+    for name in ("k4v4", "k3v3"):
+        for size in WINDOWS:
+            page_size = min(size, 64) or 64
+            config = preset(name, **config_fields(shape), window=size, page_size=page_size)
+            yield CacheFormat(f"{name}-w{size}-centred", config, means)
 
 
 def main() -> None:
@@ -94,42 +129,49 @@ def main() -> None:
     torch.manual_seed(options.seed)
     count = 1 if options.quick else 8
     model = LlamaForCausalLM.from_pretrained(trained(options.seed)).eval()
-    calibration = windows("calibration", 1 if options.quick else 3, seed=options.seed)
+    calibration = windows("calibration", 1 if options.quick else 5, seed=options.seed)
     shape, means = probe(model, calibration[0, :512], "small decoder")
     dims = shape.num_layers, shape.num_kv_heads, shape.head_dim
     exact = Uncompressed(*dims)
     scored = windows("evaluation", count, seed=options.seed)
-    rows: list[dict[str, Any]] = []
+    selection = Reference(model, calibration[-1:] if options.quick else calibration[1:])
+    sensitivities = sweep(selection, shape, means, (2, 3, 5) if options.quick else WIDTHS)
 
     reference = Reference(model, scored)
     peers: list[KVFormat] = [*peer_formats(dims)]
     peers += [vllm_preset(name, dims, 2) for name in ("4bit_nc", "3bit_nc")]
-    own: list[KVFormat] = [*plain_settings(shape, means), *small_pages(shape, means)]
-    own += compositions(shape, means)
-    rows += rows_of(reference, [*own, *peers], exact, shape)
-
-    selection = Reference(model, calibration[-1:] if options.quick else calibration[1:])
-    sensitivities = sweep(selection, shape, means, (2, 4) if options.quick else WIDTHS)
-    heads = shape.num_layers * shape.num_kv_heads
-    found: list[KVFormat] = []
-    for bytes_per_head in (36.0, 44.0, 52.0, 60.0, 68.0):
-        best = recommend(sensitivities, shape, bytes_per_head * heads, CONTEXT)
-        bits = f"k{''.join(map(str, best.key_bits))} v{''.join(map(str, best.value_bits))}"
-        found.append(CacheFormat(f"recommended {bytes_per_head:g} B: {bits}", best.config, means))
-    rows += rows_of(reference, found, exact, shape)
-
-    for context in (512, 1024):
-        shorter = Reference(model, scored.reshape(-1, context)[:: 1 if options.quick else 2])
-        rows += rows_of(shorter, windows_by_context(shape, means), exact, shape)
-    rows += rows_of(reference, windows_by_context(shape, means), exact, shape)
+    own = [*plain_settings(shape, means), *small_pages(shape, means)]
+    found = [by_layer(shape, means, sensitivities, budget) for budget in BUDGETS]
+    rows: list[dict[str, Any]] = []
+    rows += rows_of("settings", reference, [*own, *peers], exact, shape)
+    rows += rows_of("bits by layer", reference, found, exact, shape)
+    composed = compositions(shape, means, sensitivities)
+    rows += rows_of("composition", reference, composed, exact, shape)
+    for context in (256, 512, 1024, CONTEXT):
+        # As many scored tokens for every context, from the same windows.
+        parts = scored.reshape(-1, context)
+        rows += rows_of(
+            "window", Reference(model, parts), windows_by_context(shape, means), exact, shape
+        )
+    rows += [
+        {
+            "part": "sensitivity",
+            "context": CONTEXT,
+            "setting": f"layer {s.layer} {s.stream} {s.bits} bits",
+            "KL mnat": 1e3 * s.kl,
+            "layer": s.layer,
+            "stream": s.stream,
+            "bits": s.bits,
+        }
+        for s in sensitivities
+    ]
     publish(
         "fidelity",
         rows,
         notes=[
             f"perplexity per byte with an exact cache: {reference.perplexity:.4f}; "
-            f"{count} windows of {CONTEXT} bytes",
-            "sensitivities (millinats, one stream coded): "
-            + "; ".join(f"{s.stream[0]}{s.layer}@{s.bits} {1e3 * s.kl:.3g}" for s in sensitivities),
+            f"{count} windows of {CONTEXT} bytes, the second half of each scored",
+            "sensitivity: one stream of one layer coded alone, on calibration text",
         ],
         json_path=options.json,
         seed=options.seed,

@@ -88,6 +88,7 @@ def run_build(unpacked: Path, work: Path, jobs: int) -> list[list[str]]:
         "PYTHONPATH": os.pathsep.join([str(unpacked), os.environ.get("PYTHONPATH", "")]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "LIBRARY_PATH": str(stub),
+        "CUDA_HOME": os.environ.get("CUDA_HOME", "/usr/local/cuda"),
         "MAX_JOBS": str(jobs),
         "FLASHINFER_CUDA_ARCH_LIST": "9.0a",
         "FLASHINFER_WORKSPACE_BASE": str(work),
