@@ -15,12 +15,12 @@ from benchmarks.gpu import (
     attend_stage,
     correctness_stage,
     peer_folder,
+    peer_stages,
     prepare_flashinfer,
     prepare_vllm,
     processes,
     step_stage,
 )
-from benchmarks.gpu.baselines import baselines
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.device_timing import CudaMeter, TrialMeter
 from benchmarks.gpu.figures import (
@@ -232,12 +232,37 @@ def test_nothing_begins_when_the_time_is_over_or_the_memory_too_small(monkeypatc
     assert bench.rows[1]["error"] == "not measured: needs 2048 MiB of 1024"
 
 
-def test_every_baseline_that_does_not_run_here_says_why():
-    names = [name for name, _ in baselines(BAR, thorough=True)]
+def test_every_peer_that_does_not_run_here_says_why():
+    names = [name for builders in peer_stages.BUILDERS.values() for name in builders]
     assert {"FlashInfer bf16", "vLLM turboquant_4bit_nc", "SDPA bf16 enable_gqa"} <= set(names)
-    assert not any("FlashInfer" in name for name, _ in baselines(BAR, thorough=False))
     with pytest.raises(NotHere, match="no nothing was prepared"):
         add_package("nothing")
+
+
+def test_what_peers_measured_reaches_the_stage_that_compares(tmp_path):
+    shape = BAR._replace(form="exact")
+    label = {**shape.label(), "operation": "baseline", "how": "FlashInfer bf16"}
+    path = tmp_path / "times.json"
+    peer_stages.keep([{**label, "us": 2000.0}, {**label, "error": "no"}, {"us": 1.0}], path)
+    assert peer_stages.known(path, shape) == {"FlashInfer bf16": Times((0.002,))}
+    assert peer_stages.known(path, shape._replace(group=8)) == {}
+    assert peer_stages.known(None, shape) == peer_stages.known(tmp_path / "none", shape) == {}
+    bench = trial_bench()
+    bench.peers = lambda shape: {"FlashInfer bf16": Times((0.002,))}
+    attend_stage.attend(bench)
+    ours = next(row for row in bench.rows if row.get("how") == "graph")
+    # The meter of trials says a millisecond for a graph, shared by its calls.
+    ratio = 0.002 / (1e-6 * ours["us"])
+    assert ours["x FlashInfer bf16"] == pytest.approx(ratio)
+    assert ours["x best bf16"] <= ratio and "x best fp8" in ours
+
+
+def test_a_peers_fault_is_its_own():
+    for stage, state in (("flashinfer", "passed"), ("attend", "failed")):
+        bench = Bench(stage, ListingDevice(), TrialMeter(), 1e6, "tiny")
+        bench.row({}, error="failed: RuntimeError: undefined symbol")
+        bench.finish()
+        assert bench.state == state
 
 
 def test_the_largest_batch_fills_the_budget():

@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.figures import file_name, verdict
 from benchmarks.gpu.peer_folder import use_folder
+from benchmarks.gpu.peer_stages import keep
 from benchmarks.gpu.processes import (
     find_sanitizer,
     parallel_options,
@@ -36,18 +38,24 @@ from pagedtq.telemetry import benchmark_receipt
 #: Exit code where there is no device: nothing was measured, nothing failed.
 NO_DEVICE = 3
 
+#: File in which other libraries' times reach stage ``attend``.
+PEER_TIMES = "peer-times.json"
+
 #: Stages in order, with their share of 7.6 minutes; what one leaves over the next ones may use.
 STAGES = {
     "build": 45.0,
-    "ceilings": 15.0,
-    "correctness": 45.0,
-    "attend": 125.0,
-    "operations": 50.0,
-    "step": 45.0,
-    "simulate": 30.0,
-    "suite": 40.0,
-    "memcheck": 30.0,
-    "racecheck": 30.0,
+    "ceilings": 12.0,
+    "correctness": 40.0,
+    "sdpa": 18.0,
+    "flashinfer": 25.0,
+    "vllm": 28.0,
+    "attend": 105.0,
+    "operations": 45.0,
+    "step": 40.0,
+    "simulate": 24.0,
+    "suite": 30.0,
+    "memcheck": 22.0,
+    "racecheck": 22.0,
 }
 # A process may take so long to start, and to end after its last measurement.
 _GRACE = 12.0
@@ -76,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if seconds < 5:
                 report.add(skipped(name, f"{options.minutes:g} minutes are over"))
                 continue
+            keep(report.rows, Path(scratch) / PEER_TIMES)
             report.add(*run_one(name, seconds, options, Path(scratch)))
     print(table([{k: stage[k] for k in ("stage", "state", "seconds")} for stage in report.stages]))
     return verdict(report.stages)
@@ -100,6 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="what prepare_flashinfer and prepare_vllm wrote",
     )  # fmt: skip
     parser.add_argument("--inside", choices=tuple(STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--peer-times", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -116,12 +126,20 @@ def inside(options: argparse.Namespace) -> int:
     """Run one stage in this process."""
     from benchmarks.gpu.correctness_stage import INSIDE
     from benchmarks.gpu.device_timing import CudaMeter
+    from benchmarks.gpu.peer_stages import known
     from pagedtq.backends.cupy_device import CupyDevice
 
     device = CupyDevice()
     size = "quick" if options.quick else "full"
     bench = Bench(
-        options.inside, device, CudaMeter(device), options.seconds, size, options.seed, options.json
+        options.inside,
+        device,
+        CudaMeter(device),
+        options.seconds,
+        size,
+        options.seed,
+        options.json,
+        partial(known, options.peer_times),
     )
     INSIDE[options.inside](bench)
     bench.finish()
@@ -150,6 +168,7 @@ def run_one(
     command = [sys.executable, "-m", "benchmarks.gpu", "--inside", name, "--json", str(path)]
     command += ["--seconds", str(max(5.0, seconds - _GRACE)), "--seed", str(options.seed)]
     command += ["--quick"] * options.quick
+    command += ["--peer-times", str(scratch / PEER_TIMES)]
     for folder in options.peers:
         command += ["--peers", str(folder.resolve())]
     stage = run_stage(name, command, seconds)

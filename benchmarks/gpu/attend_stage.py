@@ -1,4 +1,4 @@
-"""Stage ``attend``: attention over compressed pages beside every baseline, shape by shape."""
+"""Stage ``attend``: attention over compressed pages beside plain pages, shape by shape."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.gpu.baselines import Builder, baselines, shape_of
+from benchmarks.gpu.baselines import PLAIN, Builder, shape_of
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.figures import Times, crossover, ratios, time_columns
 from benchmarks.gpu.operations import Prepared
@@ -14,7 +14,7 @@ from benchmarks.gpu.workloads import Workload, at_size, attend_rows
 
 #: Beside the repository, where the trace lies if somebody put it there.
 TRACE = Path(__file__).parents[3] / "shared/traces/AzureLLMInferenceTrace_conv_2023.csv"
-# Seconds of a stage that a shape with all baselines may need.
+# Seconds that a shape with its baselines may need.
 _SHAPE_SECONDS = 4.0
 
 
@@ -24,7 +24,7 @@ def attend(bench: Bench) -> None:
     for row in chosen(bench):
         shape = shape_of(row)
         if shape not in known and bench.left() > _SHAPE_SECONDS:
-            known[shape] = measure_baselines(bench, shape)
+            known[shape] = bench.peers(shape) | measure_baselines(bench, shape)
         bench.attempt(
             row.label(), lambda row=row, shape=shape: one(bench, row, known.get(shape, {}))
         )
@@ -48,11 +48,10 @@ def one(bench: Bench, row: Workload, base: dict[str, Times]) -> None:
 
 
 def measure_baselines(bench: Bench, shape: Workload) -> dict[str, Times]:
-    """Time what a shape is compared with; of our own kernel the better cut counts."""
+    """Time our own plain kernels at a shape; of each type the better cut counts."""
     found: dict[str, Times] = {}
-    for name, build in baselines(shape, thorough=is_bar(shape)):
-        label = {**shape.label(), "operation": "baseline", "format": "", "how": name}
-        times = bench.attempt(label, lambda b=build, la=label: _baseline(bench, b, shape, la))
+    for name, build in PLAIN.items():
+        times = time_baseline(bench, name, build, shape)
         if times is not None:
             short = name.partition(" /")[0]
             best = found.get(short)
@@ -61,18 +60,22 @@ def measure_baselines(bench: Bench, shape: Workload) -> dict[str, Times]:
     return found
 
 
-def _baseline(
-    bench: Bench, build: Builder, shape: Workload, label: dict[str, object]
-) -> Times | None:
-    # Pools are drawn with float32 arrays beside them.
-    if not bench.fits(label, shape.bf16_bytes() + (3 << 30)):
-        return None
-    base = build(bench.device, shape)
-    return bench.timed(label, base.call, base.calls, base.nbytes)
+def time_baseline(bench: Bench, name: str, build: Builder, shape: Workload) -> Times | None:
+    """Set a baseline up, time it and free it; None, and a row with the reason, if it fails."""
+    label = {**shape.label(), "operation": "baseline", "format": "", "how": name}
+
+    def work() -> Times | None:
+        # Pools are drawn with float32 arrays beside them.
+        if not bench.fits(label, shape.bf16_bytes() + (3 << 30)):
+            return None
+        base = build(bench.device, shape)
+        return bench.timed(label, base.call, base.calls, base.nbytes)
+
+    return bench.attempt(label, work)
 
 
 def is_bar(row: Workload) -> bool:
-    """Whether a figure is asked for at this shape, so that every peer is measured too."""
+    """Whether a figure is asked for at this shape, so that peers are measured too."""
     shapes = ((64, 32768), (1, 8192))
     long = (row.batch, row.tokens) in shapes and not row.lengths
     return long and row.page == 64 and row.dim == 128 and row.group in (4, 8)

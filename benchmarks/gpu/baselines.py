@@ -6,7 +6,7 @@ A baseline is set up for a workload's shape, timed and freed. Names say the type
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -124,7 +124,7 @@ def sdpa(as_rows: bool, device: Any, row: Workload) -> Baseline:
     return Baseline(call, copies, row.bf16_bytes())
 
 
-#: Cheap to set up: run for every shape.
+#: Run at every shape.
 PLAIN: dict[str, Builder] = {
     f"plain {kind} /{fineness}": partial(plain, kind == "fp8", fineness)
     for kind in ("bf16", "fp8")
@@ -134,20 +134,6 @@ TORCH: dict[str, Builder] = {
     "SDPA bf16 enable_gqa": partial(sdpa, False),
     "SDPA bf16 group as rows": partial(sdpa, True),
 }
-
-
-def peers() -> dict[str, Builder]:
-    """Return all baselines for the shapes with figures to reach."""
-    from benchmarks.gpu import flashinfer_peer, vllm_peer
-
-    return {**TORCH, **flashinfer_peer.BUILDERS, **vllm_peer.BUILDERS}
-
-
-def baselines(row: Workload, thorough: bool) -> Iterator[tuple[str, Builder]]:
-    """Name the baselines of a workload."""
-    yield from PLAIN.items()
-    if thorough:
-        yield from peers().items()
 
 
 def shape_of(row: Workload) -> Workload:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu import attend_stage, ceilings, operation_stage, step_stage
+from benchmarks.gpu import attend_stage, ceilings, operation_stage, peer_stages, step_stage
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.device_timing import TrialMeter
 from benchmarks.gpu.listing_device import ListingDevice
@@ -206,6 +207,7 @@ INSIDE: dict[str, Stage] = {
     "build": build,
     "ceilings": ceilings.ceilings,
     "correctness": correctness,
+    **{library: partial(peer_stages.peer, library) for library in peer_stages.BUILDERS},
     "attend": attend_stage.attend,
     "operations": operation_stage.operations,
     "step": step_stage.step,
