@@ -1,9 +1,10 @@
 """What a trained decoder loses under each setting, beside the formats of other systems.
 
-The model is `small_decoder`'s. Key means come from 512 tokens of calibration text, per-layer bits
-from two other windows of it, and every figure from evaluation text that neither saw. Divergences
-are of next-token distributions from the same model's with an exact cache, over the second half of
-every window. Bytes are per token and KV head at the window's length, everything counted.
+The model is `small_decoder`'s. Key means come from calibration text, as many tokens as the
+context, per-layer bits from other windows of it, and every figure from evaluation text that
+neither saw. Divergences are of next-token distributions from the same model's with an exact cache,
+over the second half of every window. Bytes are per token and KV head at the window's length,
+everything counted.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from benchmarks.small_decoder import CONTEXT, trained, windows
 from pagedtq.config import CacheConfig, Exact, LayerOverride, TurboQuant, preset
 from pagedtq.fidelity.evaluation import probe
 from pagedtq.fidelity.formats import CacheFormat, KVFormat, Uncompressed
-from pagedtq.fidelity.measures import Reference
+from pagedtq.fidelity.measures import Fidelity, Reference
 from pagedtq.fidelity.peer_formats import peer_formats, vllm_preset
 from pagedtq.fidelity.sensitivity import Sensitivity, recommend, sweep
-from pagedtq.fidelity.settings import config_fields, setting
+from pagedtq.fidelity.settings import config_fields, setting, settings
 from pagedtq.models import ModelShape
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -32,6 +33,8 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 BUDGETS = (44.0, 52.0, 60.0, 68.0)
 #: Bytes per token and head that compositions may take.
 EQUAL_BYTES = 80.0
+#: Settings that are measured at shorter contexts too.
+PLAIN = ("k4v4-w0", "k4v4-w0-centred", "k3v3-w0", "k3v3-w0-centred")
 #: Tokens of the exact window.
 WINDOWS = (0, 16, 32, 64, 128, 256)
 
@@ -49,7 +52,7 @@ def small_pages(shape: ModelShape, means: np.ndarray) -> Iterator[CacheFormat]:
     """Yield k4v4 with the small overlays that small pages allow."""
     for page_size in (16, 32):
         config = preset("k4v4", **config_fields(shape), window=page_size, page_size=page_size)
-        yield CacheFormat(f"k4v4-w{page_size}-centred (page {page_size})", config, means)
+        yield CacheFormat(f"k4v4-w{page_size}-centred, page {page_size}", config, means)
 
 
 def compositions(
@@ -88,31 +91,45 @@ def by_layer(
     return CacheFormat(f"{bits}, w{window}, centred", best.config, means)
 
 
-def rows_of(
-    part: str,
-    reference: Reference,
-    formats: Iterable[KVFormat],
-    exact: KVFormat,
-    shape: ModelShape,
-) -> Iterator[dict[str, Any]]:
-    """Measure formats one after the other."""
-    heads = shape.num_layers * shape.num_kv_heads
-    for form in tqdm(list(formats), desc=f"{part}, {reference.context} tokens", disable=None):
-        found = reference.measure(form, exact)
-        worst = found.worst_heads[0]
-        yield {
-            "part": part,
-            "context": reference.context,
-            "setting": found.name,
-            "B/token/head": found.bytes_per_token / heads,
-            "compression": found.compression,
-            "KL mnat": 1e3 * found.kl,
-            "+-": 1e3 * found.kl_deviation,
-            "perplexity %": 100 * found.perplexity_change,
-            "top-1 %": 100 * found.top1_agreement,
-            "output error": found.output_error,
-            "worst layer.head": f"{worst.layer}.{worst.head}",
-        }
+class Table:
+    """Rows of the result; a setting that answers several questions is measured once.
+
+    Parameters
+    ----------
+    exact : KVFormat
+        What compression is relative to.
+    shape : ModelShape
+        The model's.
+    """
+
+    def __init__(self, exact: KVFormat, shape: ModelShape) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._exact, self._heads = exact, shape.num_layers * shape.num_kv_heads
+        self._known: dict[tuple[int, str], Fidelity] = {}
+
+    def add(self, part: str, reference: Reference, formats: Iterable[KVFormat]) -> None:
+        """Measure formats one after the other."""
+        for form in tqdm(list(formats), desc=f"{part}, {reference.context} tokens", disable=None):
+            # A name says all about a format at one context.
+            key = reference.context, form.name
+            found = self._known.get(key) or reference.measure(form, self._exact)
+            self._known[key] = found
+            worst = found.worst_heads[0]
+            self.rows.append(
+                {
+                    "part": part,
+                    "context": reference.context,
+                    "setting": found.name,
+                    "B/token/head": found.bytes_per_token / self._heads,
+                    "compression": found.compression,
+                    "KL mnat": 1e3 * found.kl,
+                    "+-": 1e3 * found.kl_deviation,
+                    "perplexity %": 100 * found.perplexity_change,
+                    "top-1 %": 100 * found.top1_agreement,
+                    "output error": found.output_error,
+                    "worst layer.head": f"{worst.layer}.{worst.head}",
+                }
+            )
 
 
 def windows_by_context(shape: ModelShape, means: np.ndarray) -> Iterator[CacheFormat]:
@@ -121,7 +138,8 @@ def windows_by_context(shape: ModelShape, means: np.ndarray) -> Iterator[CacheFo
         for size in WINDOWS:
             page_size = min(size, 64) or 64
             config = preset(name, **config_fields(shape), window=size, page_size=page_size)
-            yield CacheFormat(f"{name}-w{size}-centred", config, means)
+            pages = f", page {page_size}" if page_size < 64 else ""
+            yield CacheFormat(f"{name}-w{size}-centred{pages}", config, means)
 
 
 def main() -> None:
@@ -130,7 +148,7 @@ def main() -> None:
     count = 1 if options.quick else 8
     model = LlamaForCausalLM.from_pretrained(trained(options.seed)).eval()
     calibration = windows("calibration", 1 if options.quick else 5, seed=options.seed)
-    shape, means = probe(model, calibration[0, :512], "small decoder")
+    shape, means = probe(model, calibration[0], "small decoder")
     dims = shape.num_layers, shape.num_kv_heads, shape.head_dim
     exact = Uncompressed(*dims)
     scored = windows("evaluation", count, seed=options.seed)
@@ -142,18 +160,22 @@ def main() -> None:
     peers += [vllm_preset(name, dims, 2) for name in ("4bit_nc", "3bit_nc")]
     own = [*plain_settings(shape, means), *small_pages(shape, means)]
     found = [by_layer(shape, means, sensitivities, budget) for budget in BUDGETS]
-    rows: list[dict[str, Any]] = []
-    rows += rows_of("settings", reference, [*own, *peers], exact, shape)
-    rows += rows_of("bits by layer", reference, found, exact, shape)
+    table = Table(exact, shape)
+    table.add("settings", reference, [*own, *peers])
+    table.add("bits by layer", reference, found)
     composed = compositions(shape, means, sensitivities)
-    rows += rows_of("composition", reference, composed, exact, shape)
-    for context in (256, 512, 1024, CONTEXT):
+    table.add("composition", reference, composed)
+    table.add("window", reference, windows_by_context(shape, means))
+    for context in (512, 1024):
         # As many scored tokens for every context, from the same windows.
-        parts = scored.reshape(-1, context)
-        rows += rows_of(
-            "window", Reference(model, parts), windows_by_context(shape, means), exact, shape
-        )
-    rows += [
+        shorter = Reference(model, scored.reshape(-1, context))
+        # Rotary embedding turns the means of keys with their positions.
+        nearer = probe(model, calibration[0, :context], "small decoder")[1]
+        plain: list[KVFormat] = [vllm_preset(name, dims) for name in ("4bit_nc", "3bit_nc")]
+        plain += settings(PLAIN, shape, nearer)
+        table.add("settings", shorter, plain)
+        table.add("window", shorter, windows_by_context(shape, nearer))
+    table.rows += [
         {
             "part": "sensitivity",
             "context": CONTEXT,
@@ -167,7 +189,7 @@ def main() -> None:
     ]
     publish(
         "fidelity",
-        rows,
+        table.rows,
         notes=[
             f"perplexity per byte with an exact cache: {reference.perplexity:.4f}; "
             f"{count} windows of {CONTEXT} bytes, the second half of each scored",
