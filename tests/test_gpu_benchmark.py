@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 import zipfile
 from types import SimpleNamespace
 
@@ -284,6 +286,23 @@ def test_processes_report_passes_failures_and_what_did_not_run():
     assert none["state"] == "not run: compute-sanitizer is not installed"
     assert verdict([passed, none, slow]) == 0 and verdict([passed, failed]) == 1
     assert suite_counts("...\n1 failed, 4 passed in 3s\n") == {"failed": 1, "passed": 4}
+
+
+def test_what_a_stage_started_ends_with_it():
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    line = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    stage = run_stage("suite", [sys.executable, "-c", line], 5.0)
+    assert stage["state"] == "out of time"
+    while is_alive(int(stage["output"])):  # until the system has buried it
+        time.sleep(0.01)
+
+
+def is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_the_sanitizer_runs_the_small_part_of_the_suite():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -71,22 +72,23 @@ def run_stage(
         end of its ``output``.
     """
     begin = time.perf_counter()
-    environment = {**os.environ, "PAGEDTQ_REQUIRE_GPU": "1", **(extra or {})}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PAGEDTQ_REQUIRE_GPU": "1", **(extra or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=max(1.0, seconds),
-            check=False,
-        )
-        output, state = done.stdout, "passed" if done.returncode == 0 else "failed"
-    except subprocess.TimeoutExpired as error:
-        raw = error.stdout or b""
-        output = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+        output, _ = process.communicate(timeout=max(1.0, seconds))
+        state = "passed" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        # What it started goes too: it would hold the device's memory.
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
         state = "out of time"
     return {
         "stage": name,
