@@ -257,6 +257,7 @@ def test_what_peers_measured_reaches_the_stage_that_compares(tmp_path):
     ratio = 0.002 / (1e-6 * ours["us"])
     assert ours["x FlashInfer bf16"] == pytest.approx(ratio)
     assert ours["x best bf16"] <= ratio and "x best fp8" in ours
+    assert not bench.notes
 
 
 def test_a_peers_fault_is_its_own():
