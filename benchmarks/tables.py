@@ -53,6 +53,11 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
         (),
         lambda row: True,
     ),
+    "fidelity_search": (
+        "What do searched codes buy, and cost?",
+        (),
+        lambda row: True,
+    ),
     "polar": (
         "What does a polar code cost beside the others?",
         (),

@@ -48,7 +48,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--settings",
         metavar="A,B,...",
-        help="PRESET[-wN][-centred], with an exact window of N tokens, with centred keys",
+        help="PRESET[-wN][-centred][-searched]: exact window of N tokens, centred keys, searched "
+        "codes",
     )
     parser.add_argument("--no-peers", action="store_true", help="leave out other systems' formats")
     parser.add_argument(

@@ -169,7 +169,7 @@ def remaining_pages() -> Iterator[Specialisation]:
             for file in ("store", "load", "seal"):
                 yield _page_kernel(file, name, head_dim, "f32" if file == "load" else "f16")
     for bits in (1, 5, 6, 7):
-        for scale in ("norm_corrected", "unbiased", "none"):
+        for scale in ("norm_corrected", "searched", "unbiased", "none"):
             codec = TurboQuant(bits=bits, scale=scale)
             yield _page_kernel("store", (codec, codec), 128, "f32")
             yield _page_kernel("load", (codec, codec), 128, "f32")
