@@ -258,3 +258,59 @@ def test_decoding_on_does_what_each_step_alone_would(page_size, sharing, observe
 
     compare()
     assert totals["run steps"] > 200, "hardly any step was part of a run: the law proves little"
+
+
+def decoding(page_size, steps, *, retained=None, num_pages=40):
+    """Return tables whose two sequences have decoded so many steps, and their ids."""
+    tables = PageTables(page_size, num_pages, sharing=SharingOptions())
+    retention = None if retained is None else Retention(tables, 0.3, retained)
+    ids = [tables.open([first]) for first in (7, 8)]
+    for at in range(steps):
+        decode(tables, ids, at)
+    assert tables._run is not None
+    return tables, ids, retention
+
+
+def decode(tables, ids, at):
+    plan = tables.reserve(ids, 1, [7, 8] if at == 0 else [100 + at, 200 + at])
+    tables.commit(plan)
+    return plan
+
+
+def test_a_fork_within_a_run_makes_the_next_step_copy_the_open_page():
+    tables, ids, _ = decoding(4, 6)
+    child = tables.fork(ids[0])
+    shared = int(tables.block_table(ids)[0, 1])
+    plan = decode(tables, ids, 6)
+    assert plan.cow_src.tolist() == [shared]
+    assert tables.block_table([child])[0, 1] == shared != tables.block_table(ids)[0, 1]
+
+
+def test_tokens_hidden_within_a_run_keep_its_blocks_from_being_published():
+    tables, ids, _ = decoding(4, 6)
+    tables.set_start(ids[0], 0, 3)
+    for at in range(6, 12):
+        decode(tables, ids, at)
+    assert [tables.num_published(seq) for seq in ids] == [1, 3]
+
+
+def test_priorities_end_within_a_run_as_they_would_without():
+    now = [0.0]
+    # One page of room: what is taken next is what is cached, by priority.
+    tables, ids, retention = decoding(4, 6, retained=lambda: now[0], num_pages=8)
+    kept = []
+    for first, seconds in ((50, 5.0), (60, None)):
+        seq = tables.open([first] * 4)
+        tables.commit(tables.reserve([seq], 4))
+        retention.keep(seq, 100 if seconds else 50, seconds=seconds)
+        kept.append(int(tables.block_table([seq])[0, 0]))
+        tables.close(seq)
+    decode(tables, ids, 6)
+    decode(tables, ids, 7)
+    assert tables._run is not None
+    assert tables.pool.num_free == 3
+    now[0] = 6.0
+    plan = decode(tables, ids, 8)
+    assert tables._run is not None
+    assert kept[0] in plan.new_pages.tolist()
+    assert kept[1] not in plan.new_pages.tolist()
