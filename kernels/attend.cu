@@ -178,6 +178,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
     __shared__ float references[WARPS][COLUMNS], masses[WARPS][COLUMNS];
     __shared__ float merged[COLUMNS * PADDED_DIM];
     __shared__ __align__(16) QueryStore store;
+    __shared__ float shifts[COLUMNS];
 
     const int index = blockIdx.x, head = blockIdx.y, thread = threadIdx.x;
     const int sequence = unit_sequences[index];
@@ -215,7 +216,8 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
                        block_table + static_cast<i64>(sequence) * shape.table_stride,
                        reach, last, floor, warp, g, t};
     Queries queries;
-    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, store, g, t);
+    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, store, shifts, g,
+                 t);
 #if SOFT_CAP
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {

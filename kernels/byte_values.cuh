@@ -34,10 +34,10 @@ DEVICE void weigh_tile(State& state, const Queries& queries, const Scores<subtil
     float parts[subtiles][COLUMN_TILES][4], factor[COLUMN_TILES][2];
 #pragma unroll
     for (int s = 0; s < subtiles; ++s) {
-        weigh(state, queries, scores.at[s], parts[s]);
         const float upper = f16_to_f32(norms.values[s][0]), lower = f16_to_f32(norms.values[s][1]);
 #pragma unroll
         for (int j = 0; j < COLUMN_TILES; ++j) {
+            weigh(state, queries, scores.at[s][j], j, parts[s][j]);
             parts[s][j][0] *= upper, parts[s][j][1] *= upper;
             parts[s][j][2] *= lower, parts[s][j][3] *= lower;
 #pragma unroll

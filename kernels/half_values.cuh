@@ -22,12 +22,12 @@ DEVICE void weigh_tile(State& state, const Queries& queries, const Scores<subtil
     follow_tile(state, queries, scores, norms.sample);
 #pragma unroll
     for (int s = 0; s < subtiles; ++s) {
-        float weight[COLUMN_TILES][4];
-        weigh(state, queries, scores.at[s], weight);
 #pragma unroll
         for (int j = 0; j < COLUMN_TILES; ++j) {
-            weights.at[s][j][0] = transpose_pairs(h2_from(weight[j][0], weight[j][1]));
-            weights.at[s][j][1] = transpose_pairs(h2_from(weight[j][2], weight[j][3]));
+            float weight[4];
+            weigh(state, queries, scores.at[s][j], j, weight);
+            weights.at[s][j][0] = transpose_pairs(h2_from(weight[0], weight[1]));
+            weights.at[s][j][1] = transpose_pairs(h2_from(weight[2], weight[3]));
         }
     }
 }

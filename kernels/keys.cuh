@@ -18,6 +18,7 @@ struct Keys {
     static constexpr int kWordsPerStep = format == FORMAT_F16 ? 2 : 1;
     static constexpr int kPairs = format == FORMAT_F16 ? 2 : format == 4 ? 4 : 8;
     static constexpr int kSteps = Words::kWords / kWordsPerStep;
+    static constexpr int kUnroll = kSteps;
 
     static constexpr int kSignRow = format == 3 ? sign_row_bytes(head_dim, 4) : 0;
 
@@ -114,6 +115,7 @@ struct Keys<format, head_dim, false> {
     static constexpr int kRow = row_bytes(format, head_dim);
     static constexpr int kPairs = 2, kTailPairs = 0;
     static constexpr int kSteps = padded_dim(head_dim) / 16;
+    static constexpr int kUnroll = 1;
 
     static constexpr int kSignRow = sign_row_bytes(head_dim, 4);
 

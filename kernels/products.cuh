@@ -74,7 +74,8 @@ DEVICE void multiply_keys(const Row& upper_row, const Row& lower_row, const Quer
         }
     }
 #else
-#pragma unroll
+    // Decoding element by element takes a register per element in flight: one step at a time.
+#pragma unroll Row::kUnroll
     for (int step = 0; step < Row::kSteps; ++step) {
         u32 upper[Row::kPairs], lower[Row::kPairs];
         upper_row.decode(step, table, upper);

@@ -39,8 +39,9 @@ static_assert(HEAD_DIM <= 256, "KEY_INT8 takes head dims up to 256");
 
 // Fragments take PADDED_DIM / 8 registers per column tile. Beside them stand sums, twice as many; a
 // tile's keys and values, up to as many as the sums; temporaries of decoding element by element; and
-// integer sums (VALUE_INT8), with which three blocks fit for codes of 2 bits alone.
+// integer sums (VALUE_INT8), with which three blocks fit for codes of 2 bits alone, up to 128 channels.
 constexpr bool kQueriesShared = (VALUE_INT8 && VALUE_FORMAT == 2 && KEY_FORMAT == 2) ||
+                                (VALUE_INT8 && PADDED_DIM > 192) ||
                                 COLUMN_TILES * PADDED_DIM > 256 ||
                                 !is_tuned(KEY_FORMAT, HEAD_DIM) ||
                                 !is_tuned(VALUE_FORMAT, HEAD_DIM) ||
@@ -98,7 +99,6 @@ struct Fragments<steps, words, true> {
 struct QueryStore {
     u32 words[kQueriesShared ? QUERY_STEPS * STEP_WORDS * WARP_SIZE : 4];
     u32 sketch[kQueriesShared && KEY_PROD ? PADDED_DIM / 16 * SKETCH_WORDS * WARP_SIZE : 4];
-    float shifts[COLUMNS];
 };
 
 // A lane's fragments of query rows: elements in the order of the key stream.
@@ -146,11 +146,11 @@ DEVICE int query_quad(const u16* row, int n, int t, u32& high, u32& low) {
 }
 #endif
 
-// Fragments and scales of a block's rows, whose indices lie in shared memory, as does `store`. All
-// threads of the block call it.
+// Fragments and scales of a block's rows, whose indices lie in shared memory, as do `store` and
+// `shifts`. All threads of the block call it.
 DEVICE void load_queries(Queries& queries, const AttendShape& shape, const u16* rows,
                          const float* scales, const u16* sketches, const int* row_index,
-                         QueryStore& store, int g, int t) {
+                         QueryStore& store, float* shifts, int g, int t) {
     const u16* row[COLUMN_TILES];
 #if KEY_INT8
     int sum[COLUMN_TILES] = {};
@@ -204,7 +204,7 @@ DEVICE void load_queries(Queries& queries, const AttendShape& shape, const u16* 
         sum[j] += shfl_xor(sum[j], 2);
         const float shift = -127.5f * static_cast<float>(sum[j]);
 #if KEY_FORMAT == 2
-        if (threadIdx.x < WARP_SIZE && t == 0) store.shifts[8 * j + g] = shift;
+        if (threadIdx.x < WARP_SIZE && t == 0) shifts[8 * j + g] = shift;
 #endif
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
@@ -215,7 +215,7 @@ DEVICE void load_queries(Queries& queries, const AttendShape& shape, const u16* 
         }
     }
 #if KEY_FORMAT == 2
-    queries.shift = store.shifts + 2 * t;
+    queries.shift = shifts + 2 * t;
 #endif
 #endif
     if constexpr (kQueriesShared || (KEY_INT8 && KEY_FORMAT == 2)) sync_block();

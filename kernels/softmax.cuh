@@ -112,16 +112,12 @@ DEVICE void follow_tile(State& state, const Queries& queries, const Scores<subti
     if (vote_any(raise)) raise_reference(state, tile_top, sample);
 }
 
-// Weights of 16 tokens, added to the masses.
-DEVICE void weigh(State& state, const Queries& queries, const float (*scores)[4],
-                  float (*weights)[4]) {
+// Weights of 16 tokens in column tile j, added to the masses.
+DEVICE void weigh(State& state, const Queries& queries, const float* scores, int j,
+                  float* weights) {
 #pragma unroll
-    for (int j = 0; j < COLUMN_TILES; ++j) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            weights[j][k] =
-                ex2(scores[j][k] * score_scale(queries, j, k & 1) - state.reference[j][k & 1]);
-            state.mass[j][k & 1] += weights[j][k];
-        }
+    for (int k = 0; k < 4; ++k) {
+        weights[k] = ex2(scores[k] * score_scale(queries, j, k & 1) - state.reference[j][k & 1]);
+        state.mass[j][k & 1] += weights[k];
     }
 }

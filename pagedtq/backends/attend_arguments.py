@@ -26,6 +26,7 @@ from .stream_formats import (
     prefers_int8_values,
     stream_format,
     takes_int8,
+    takes_int8_values,
     tile_tokens,
 )
 
@@ -177,7 +178,7 @@ def attend_kernel(
         _require_int8("values", config.layer_codecs(layer)[1], config.head_dim, arch)
         column_tiles = 1
     cuda_cores = arch < 75
-    tile = tile_tokens(config.head_dim, keys, values, column_tiles, int8_keys)
+    tile = tile_tokens(config.head_dim, keys, values, column_tiles, int8_keys, prod, int8_values)
     return AttendKernel(
         config.head_dim,
         keys,
@@ -196,11 +197,14 @@ def _require_int8(stream: str, codec: Codec, head_dim: int, arch: int) -> None:
     """Refuse to multiply a stream as bytes where the kernels cannot."""
     if arch < 80:
         raise UnsupportedError(f"{stream} are multiplied as bytes from sm_80 on, got sm_{arch}")
-    if not takes_int8(head_dim, stream_format(codec), is_prod(codec)):
+    form = stream_format(codec)
+    values = stream == "values"
+    able = takes_int8_values(head_dim, form) if values else takes_int8(head_dim, form)
+    if not able or is_prod(codec):
         raise UnsupportedError(
             f"{stream} are multiplied as bytes for the MSE estimator of 2 to 4 bits in head dims "
-            "that are multiples of 32 (below 4 bits from 64 on) up to 256; "
-            f"got {codec} with head_dim {head_dim}"
+            f"that are multiples of 32 (below 4 bits from 64 on) up to 256"
+            f"{' (4 bits: 192)' if values else ''}; got {codec} with head_dim {head_dim}"
         )
 
 

@@ -25,7 +25,7 @@ from .cuda_units import GridUnits
 from .device import DeviceArray
 from .dtypes import check_shape
 from .queries import check_query_shapes, check_scale
-from .stream_formats import stream_format, takes_int8
+from .stream_formats import stream_format, takes_int8_values
 
 if TYPE_CHECKING:
     from .cuda import CudaBackend
@@ -181,7 +181,7 @@ class AttendPlan:
         int8_values = self._backend.int8_values
         if int8_values:
             values = stream_format(layout.config.layer_codecs(layer)[1])
-            int8_values = arch >= 80 and takes_int8(layout.config.head_dim, values)
+            int8_values = arch >= 80 and takes_int8_values(layout.config.head_dim, values)
         return attend_kernel(layout, layer, rows, soft_cap, arch=arch, int8_values=int8_values)
 
     def _current(self) -> Reads:

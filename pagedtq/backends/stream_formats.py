@@ -41,8 +41,13 @@ def is_tuned(head_dim: int, form: int) -> bool:
 
 
 def takes_int8(head_dim: int, form: int, prod: bool = False) -> bool:
-    """Whether codes may be multiplied as bytes: ``KEY_INT8``, ``VALUE_INT8`` of ``attend.cu``."""
+    """Whether keys may be multiplied as bytes: ``KEY_INT8`` of ``kernels/attend.cu``."""
     return not prod and 2 <= form <= 4 and head_dim <= 256 and is_tuned(head_dim, form)
+
+
+def takes_int8_values(head_dim: int, form: int) -> bool:
+    """Whether values may be: ``VALUE_INT8``. Registers hold 4 bits up to head dim 192."""
+    return takes_int8(head_dim, form) and (form < 4 or head_dim <= 192)
 
 
 def prefers_int8(head_dim: int, key_format: int, prod: bool) -> bool:
@@ -58,7 +63,7 @@ def prefers_int8_values(
     Those are 2 bits beside keys of 2 bits, both as bytes, in tiles large enough to share the
     conversion of their sums.
     """
-    narrow = key_format == value_format == 2 and takes_int8(head_dim, 2)
+    narrow = key_format == value_format == 2 and takes_int8_values(head_dim, 2)
     return narrow and column_tiles == 1 and page_size >= 64
 
 
@@ -75,7 +80,13 @@ def column_tiles_of(
 
 
 def tile_tokens(
-    head_dim: int, key_format: int, value_format: int, column_tiles: int, int8_keys: bool = False
+    head_dim: int,
+    key_format: int,
+    value_format: int,
+    column_tiles: int,
+    int8_keys: bool = False,
+    prod: bool = False,
+    int8_values: bool = False,
 ) -> int:
     """Return how many tokens a warp takes at once: as many as registers hold without spilling."""
     if not (is_tuned(head_dim, key_format) and is_tuned(head_dim, value_format)):
@@ -83,7 +94,9 @@ def tile_tokens(
     if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
         return 32 if head_dim <= 64 and column_tiles == 1 else 16
     if head_dim > 128 or column_tiles == 2:
-        return 16 if head_dim > 128 and column_tiles == 2 else 32
+        crowded = prod or (int8_values and not key_format == value_format == 2)
+        scarce = column_tiles == 2 if head_dim <= 192 else column_tiles == 2 or crowded
+        return 16 if head_dim > 128 and scarce else 32
     if int8_keys:
         return 64 if key_format < 4 else 32
     # Decoding values of 2 or 3 bits beside keys of another width takes most temporaries.

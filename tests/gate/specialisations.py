@@ -12,7 +12,7 @@ from pagedtq.backends.stream_formats import (
     column_tiles_of,
     is_tuned,
     prefers_int8,
-    takes_int8,
+    takes_int8_values,
     tile_tokens,
 )
 from pagedtq.paging.kernel_macros import DTYPE_NUMBERS
@@ -37,7 +37,8 @@ def _attend(
     int8_values=False,
 ):
     int8 = prefers_int8(head_dim, keys, prod) if int8 is None else int8
-    tile = min(tile, tile_tokens(head_dim, keys, values, column_tiles, int8))
+    tokens = tile_tokens(head_dim, keys, values, column_tiles, int8, prod, int8_values)
+    tile = min(tile, tokens)
     return AttendKernel(
         head_dim, keys, values, prod, column_tiles, soft_cap, tile, int8, int8_values=int8_values
     )
@@ -175,7 +176,7 @@ def remaining_attend(head_dim: int) -> Iterator[AttendKernel]:
             yield kernel
     bytes_of = ((2, 2, False), (2, 2, True), (3, 3, False), (3, 2, False), (4, 4, False))
     for keys, values, soft_cap in (*bytes_of, (4, 3, False), (F16, 4, False)):
-        if takes_int8(head_dim, values) and is_tuned(head_dim, keys):
+        if takes_int8_values(head_dim, values) and is_tuned(head_dim, keys):
             kernel = _attend(head_dim, keys, values, soft_cap=soft_cap, int8_values=True)
             if kernel not in listed:
                 yield kernel
