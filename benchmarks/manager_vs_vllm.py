@@ -2,7 +2,11 @@
 
 Needs vLLM's scheduler core (vllm 0.33; its manager imports on a machine without a GPU). Both do the
 same step: one token for every running request, as vLLM is meant to be called, one request after the
-other, the new token's append (which hashes a block that fills) included. Ratios are of medians.
+other, the new token's append (which hashes a block that fills) included. Ratios are of the totals
+of all rounds. The sides take turns of 64 rounds, in which every row fills and takes several pages;
+the worst turn is given beside the total.
+The batched calls know a batch that decodes on: where one request leaves and another one joins
+between any two steps (not timed), they do not.
 """
 
 from __future__ import annotations
@@ -31,6 +35,9 @@ try:
 except ImportError as error:
     raise SystemExit(f"vLLM's scheduler core is needed: {error}") from error
 
+#: Rounds that each side does in a row.
+TURN = 4 * PAGE
+
 
 class Peer:
     """vLLM's manager with running requests."""
@@ -48,6 +55,7 @@ class Peer:
             enable_caching=caching,
         )
         self.requests = [self.request(str(i), prompt) for i, prompt in enumerate(prompts)]
+        self.num_requests = len(self.requests)
         for request in self.requests:
             self.admit(request)
 
@@ -66,6 +74,13 @@ class Peer:
         assert taken is not None
         request.num_computed_tokens = request.num_tokens
 
+    def replace(self, at: int, prompt: np.ndarray) -> None:
+        """Let a request leave and another one join."""
+        self.manager.free(self.requests[at])
+        self.num_requests += 1
+        self.requests[at] = self.request(str(self.num_requests), prompt)
+        self.admit(self.requests[at])
+
     def step(self, tokens: list[int]) -> None:
         """Append a token to every request."""
         allocate = self.manager.allocate_slots
@@ -75,7 +90,30 @@ class Peer:
             request.num_computed_tokens += 1
 
 
-class Ours:
+class Batch:
+    """Our batched calls with the same requests."""
+
+    def __init__(self, prompts: Sequence[np.ndarray], caching: bool) -> None:
+        self.tables = PageTables(PAGE, POOL, sharing=SharingOptions() if caching else None)
+        self.seq_ids = np.array([self.admit(prompt) for prompt in prompts])
+
+    def admit(self, prompt: np.ndarray) -> int:
+        """Open a sequence with all its tokens."""
+        seq_id = self.tables.open(prompt)
+        append(self.tables, np.array([seq_id]), len(prompt) - self.tables.length_of(seq_id))
+        return seq_id
+
+    def step(self, tokens: np.ndarray) -> None:
+        """Append a token to every sequence."""
+        append(self.tables, self.seq_ids, 1, tokens)
+
+    def replace(self, at: int, prompt: np.ndarray) -> None:
+        """Let a sequence leave and another one join."""
+        self.tables.close(int(self.seq_ids[at]))
+        self.seq_ids[at] = self.admit(prompt)
+
+
+class Facade:
     """Our façade with the same requests."""
 
     def __init__(self, prompts: Sequence[np.ndarray], caching: bool) -> None:
@@ -96,20 +134,24 @@ class Ours:
 def main(argv: Sequence[str] | None = None) -> None:
     options = arguments("manager_vs_vllm", __doc__, argv)
     rng = np.random.default_rng(options.seed)
-    rounds = 12 if options.quick else 48
+    turns = 1 if options.quick else 4
     rows = []
     for num_seqs in (64, 1024):
         for caching in (False, True):
-            rows += step_rows(num_seqs, caching, rounds, rng)
-    rows.append(admission_row(rounds, rng))
+            rows += step_rows(num_seqs, caching, turns, rng)
+        rows.append(changing_row(num_seqs, turns, rng))
+    rows.append(in_phase_row(1024, turns, rng))
+    rows.append(admission_row(turns, rng))
     for count in (10, 1000):
-        rows += page_rows(count, rounds, rng)
+        rows += page_rows(count, rng)
     publish(
         "manager_vs_vllm",
         rows,
         notes=(
-            f"vllm {metadata.version('vllm')}; {rounds} rounds, pages of {PAGE} tokens",
-            "microseconds, median of the rounds: process CPU time (get and free: wall clock)",
+            f"vllm {metadata.version('vllm')}; {turns} turns of {TURN} rounds (get and free: turns "
+            f"of {PAGE}, until each page was taken once), pages of {PAGE} tokens",
+            "microseconds of process CPU time per round, mean of all; worst turn: the least ratio "
+            "of any; worst step: the slowest of all rounds instead of the mean",
         ),
         json_path=options.json,
         seed=options.seed,
@@ -118,28 +160,61 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def step_rows(
-    num_seqs: int, caching: bool, rounds: int, rng: np.random.Generator
+    num_seqs: int, caching: bool, turns: int, rng: np.random.Generator
 ) -> list[dict[str, object]]:
     prompts = [rng.integers(0, VOCABULARY, n) for n in lengths_of(num_seqs, POOL, rng)]
-    peer, facade = Peer(prompts, caching), Ours(prompts, caching)
-    tables = PageTables(PAGE, POOL, sharing=SharingOptions() if caching else None)
-    seq_ids = np.array([tables.open(prompt) for prompt in prompts])
-    tables.commit(tables.reserve(seq_ids, [len(prompt) for prompt in prompts]))
+    peer, batch, facade = (kind(prompts, caching) for kind in (Peer, Batch, Facade))
     calls = []
-    for _ in range(rounds):
+    for _ in range(turns * TURN):
         tokens = rng.integers(0, VOCABULARY, num_seqs).astype(np.int32)
         listed = tokens.tolist()
-        batched = partial(append, tables, seq_ids, 1, tokens)
-        calls.append((partial(peer.step, listed), batched, partial(facade.step, listed)))
-    theirs, batch, one = timed(calls)
+        calls.append(
+            (partial(peer.step, listed), partial(batch.step, tokens), partial(facade.step, listed))
+        )
+    theirs, ours, one = by_turn(calls)
     name = f"step, {num_seqs} requests, caching {'on' if caching else 'off'}"
-    return [line(f"{name}: batched", theirs, batch), line(f"{name}: façade", theirs, one)]
+    return [line(f"{name}: batched", theirs, ours), line(f"{name}: façade", theirs, one)]
 
 
-def admission_row(rounds: int, rng: np.random.Generator) -> dict[str, object]:
+def changing_row(num_seqs: int, turns: int, rng: np.random.Generator) -> dict[str, object]:
+    """Time steps between which one request leaves and another one joins."""
+    prompts = [rng.integers(0, VOCABULARY, n) for n in lengths_of(num_seqs, POOL, rng)]
+    peer, batch = Peer(prompts, True), Batch(prompts, True)
+    seconds = np.empty((2, turns, TURN))
+    for turn, i in np.ndindex(turns, TURN):
+        at, prompt = int(rng.integers(num_seqs)), rng.integers(0, VOCABULARY, PROMPT)
+        tokens = rng.integers(0, VOCABULARY, num_seqs).astype(np.int32)
+        peer.replace(at, prompt)
+        seconds[0, turn, i] = seconds_of(partial(peer.step, tokens.tolist()))
+        batch.replace(at, prompt)
+        seconds[1, turn, i] = seconds_of(partial(batch.step, tokens))
+    name = f"step, {num_seqs} requests, one of them new, caching on: batched"
+    return line(name, *seconds.mean(axis=2))
+
+
+def in_phase_row(num_seqs: int, turns: int, rng: np.random.Generator) -> dict[str, object]:
+    """Time the worst of steps where all requests fill a block at once, and take one at once."""
+    prompts = list(rng.integers(0, VOCABULARY, (num_seqs, 20 * PAGE)))
+    peer, batch = Peer(prompts, True), Batch(prompts, True)
+    seconds = np.empty((2, turns, TURN))
+    for turn in range(turns):
+        steps = rng.integers(0, VOCABULARY, (TURN, num_seqs)).astype(np.int32)
+        for i, tokens in enumerate(steps.tolist()):
+            seconds[0, turn, i] = seconds_of(partial(peer.step, tokens))
+        for i, tokens in enumerate(steps):
+            seconds[1, turn, i] = seconds_of(partial(batch.step, tokens))
+    worst = seconds.max(axis=2)
+    row = line(f"worst step, {num_seqs} requests in phase, caching on: batched", *worst)
+    slowest = worst.max(axis=1)
+    row.update(zip(("vllm us", "pagedtq us"), (slowest * 1e6).tolist(), strict=True))
+    row["times faster"] = float(slowest[0] / slowest[1])
+    return row
+
+
+def admission_row(turns: int, rng: np.random.Generator) -> dict[str, object]:
     peer, manager, hasher = Peer([], True), BlockManager(POOL, PAGE), BlockHasher(PAGE)
     calls = []
-    for i in range(rounds):
+    for i in range(turns * TURN):
         prompt = rng.integers(0, VOCABULARY, PROMPT).astype(np.int32)
         calls.append(
             (
@@ -147,51 +222,63 @@ def admission_row(rounds: int, rng: np.random.Generator) -> dict[str, object]:
                 lambda i=i, p=prompt: admit(manager, ServedRequest(str(i), p, hasher)),
             )
         )
-    return line(f"admission of {PROMPT} new tokens, hashing included", *timed(calls))
+    return line(f"admission of {PROMPT} new tokens, hashing included", *by_turn(calls))
 
 
-def page_rows(count: int, rounds: int, rng: np.random.Generator) -> list[dict[str, object]]:
+def page_rows(count: int, rng: np.random.Generator) -> list[dict[str, object]]:
+    """Time getting pages so many times, then freeing what was got each time."""
+    turns = 100_000 // (count * PAGE)
     theirs, ours = BlockPool(100_000, True, PAGE), PagePool(100_000)
     order = rng.permutation(99_999)
     blocks = theirs.get_new_blocks(99_999)
     theirs.free_blocks([blocks[i] for i in order])
     ours.release(ours.acquire(99_999)[order])
-    seconds = np.empty((4, rounds))
-    for i in range(rounds):
-        times = [time.perf_counter()]
-        taken = theirs.get_new_blocks(count)
-        times.append(time.perf_counter())
-        theirs.free_blocks(taken)
-        times.append(time.perf_counter())
-        pages = ours.acquire(count)
-        times.append(time.perf_counter())
-        ours.release(pages)
-        times.append(time.perf_counter())
-        seconds[:, i] = np.diff(times)
+    pairs = ((theirs.get_new_blocks, theirs.free_blocks), (ours.acquire, ours.release))
+    seconds = np.empty((2, 2, turns))
+    for turn, side in np.ndindex(turns, 2):
+        get, free = pairs[side]
+        taken: list[object] = []
+        start = time.process_time()
+        for _ in range(PAGE):
+            taken.append(get(count))
+        middle = time.process_time()
+        for some in taken:
+            free(some)
+        seconds[:, side, turn] = middle - start, time.process_time() - middle
+    seconds /= PAGE
     return [
-        line(f"get {count} of 100 000 pages", seconds[0], seconds[2]),
-        line(f"free {count} of 100 000 pages", seconds[1], seconds[3]),
+        line(f"get {count} of 100 000 pages", *seconds[0]),
+        line(f"free {count} of 100 000 pages", *seconds[1]),
     ]
 
 
-def timed(rounds: Sequence[tuple[Callable[[], object], ...]]) -> np.ndarray:
-    """Return the seconds of each call, ``[calls of a round, rounds]``; the peer's come first."""
-    seconds = np.empty((len(rounds[0]), len(rounds)))
-    for j in range(len(seconds)):
-        for i, calls in enumerate(rounds):
-            start = time.process_time()
-            calls[j]()
-            seconds[j, i] = time.process_time() - start
+def by_turn(rounds: Sequence[tuple[Callable[[], object], ...]]) -> np.ndarray:
+    """Return mean seconds of each side's call, ``[sides, turns]``; the peer's comes first."""
+    num_turns = len(rounds) // TURN
+    seconds = np.empty((len(rounds[0]), num_turns))
+    for turn, side in np.ndindex(num_turns, len(seconds)):
+        calls = [calls[side] for calls in rounds[turn * TURN : (turn + 1) * TURN]]
+        start = time.process_time()
+        for call in calls:
+            call()
+        seconds[side, turn] = (time.process_time() - start) / TURN
     return seconds
 
 
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
 def line(name: str, theirs: np.ndarray, ours: np.ndarray) -> dict[str, object]:
+    """Compare the mean seconds of a round in every turn."""
     return {
         "what": name,
-        "vllm us": float(np.median(theirs)) * 1e6,
-        "pagedtq us": float(np.median(ours)) * 1e6,
-        "times faster": float(np.median(theirs) / np.median(ours)),
-        "by minima": float(theirs.min() / ours.min()),
+        "vllm us": float(theirs.mean()) * 1e6,
+        "pagedtq us": float(ours.mean()) * 1e6,
+        "times faster": float(theirs.mean() / ours.mean()),
+        "worst turn": float((theirs / ours).min()),
     }
 
 

@@ -6,6 +6,8 @@ workload of the same size stands in. Groups of rows:
 * formats: llama-3.1-8b, 4 GiB, arrivals at 100 requests per second, each default format
 * arrivals: the trace's own times, and all requests at once
 * single steps: as the first row, but one step at a time; the price of a step of the control plane
+* recompute, swap: 4000 requests in 2 GiB without a watermark, preempted sequences computed again or
+  swapped over a link of 50 GB/s, with copies that overlap steps and with steps that wait
 * pool size: the same run in pools of 4 000 to 300 000 pages, to see that a step's price is flat
 """
 
@@ -15,6 +17,8 @@ import os
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.report import arguments, publish
 from pagedtq.models import MODELS
@@ -44,6 +48,8 @@ def measure(
     name: str,
     capacity: Capacity | None = None,
     fast_forward: bool = True,
+    budget: int = BUDGET,
+    overlap: bool = True,
     **options: Any,
 ) -> dict[str, Any]:
     storage = Format.parse(name)
@@ -51,30 +57,43 @@ def measure(
     if capacity is None:
         capacity = plan_capacity(
             config,
-            BUDGET,
+            budget,
             tokens_per_sequence=workload.mean_resident_tokens,
             byte_share=storage.byte_share,
         )
     cost = CostModel(MODEL, config, Hardware(), storage.byte_share)
     start = time.process_time()
     chosen = SchedulerOptions(**options)
-    simulator = Simulator(workload, config, capacity, cost, chosen, fast_forward=fast_forward)
+    simulator = Simulator(
+        workload,
+        config,
+        capacity,
+        cost,
+        chosen,
+        num_host_pages=0 if chosen.preemption == "recompute" else capacity.num_pages,
+        overlap_swaps=overlap,
+        fast_forward=fast_forward,
+    )
     outcome = simulator.run()
     seconds = time.process_time() - start
     log = outcome.log
-    assert (outcome.generated == workload.output_tokens).all()
+    served = np.isfinite(outcome.finish)
+    assert (outcome.generated == workload.output_tokens)[served].all()
     assert simulator.tables.pool.num_used == 0
     return {
         "case": case,
         "format": name,
         "pages": capacity.num_pages,
-        "requests": len(workload),
+        "requests": int(served.sum()),
         "CPU s": seconds,
         "steps": len(log),
         "us/step": 1e6 * seconds / len(log),
         "peak pages": int(log.pages.max()),
         "peak running": int(log.running.max()),
         "preemptions": int(outcome.preemptions.sum()),
+        "swapped": outcome.swaps.sequences,
+        "computed again": int(log.prefilled.sum() - workload.prompt_tokens[served].sum()),
+        "link s": outcome.swaps.link_seconds,
         "simulated s": float(log.end[-1]),
     }
 
@@ -89,6 +108,15 @@ def main() -> None:
     rows += [measure("own arrivals", workload, name) for name in ("fp16", "k4v4")]
     rows += [measure("all at once", once, name) for name in ("fp16", "k4v4")]
     rows.append(measure("single steps", fast, "fp16", fast_forward=False))
+    for name in ("fp16", "k4v4"):
+        few = fast.first(min(4000, len(fast)))
+        for case, preemption, overlap in (
+            ("recompute", "recompute", True),
+            ("swap", "swap", True),
+            ("swap, steps wait", "swap", False),
+        ):
+            options = {"preemption": preemption, "watermark": 0.0}
+            rows.append(measure(case, few, name, budget=2 << 30, overlap=overlap, **options))
     for pages in (4_000, 40_000, 300_000):
         pool = Capacity(
             num_pages=pages, num_window_slots=0, page_size=64, page_bytes=1, window_slot_bytes=0
@@ -99,7 +127,8 @@ def main() -> None:
         "simulate",
         rows,
         notes=[
-            f"{workload.name}; {MODEL.name}, pages of 64 tokens, 4 GiB except for 'pool size'.",
+            f"{workload.name}; {MODEL.name}, pages of 64 tokens, 4 GiB except for 'pool size' and "
+            "preemption ('recompute', 'swap': 2 GiB).",
             "CPU time of the process. Runs of decode steps are taken at once except in "
             "'single steps' and 'pool size', with the same result.",
         ],

@@ -50,6 +50,11 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
         (),
         lambda row: True,
     ),
+    "fidelity_search": (
+        "What do searched codes buy, and cost?",
+        (),
+        lambda row: True,
+    ),
     "polar": (
         "What does a polar code cost beside the others?",
         (),
@@ -170,21 +175,45 @@ def section(name: str, columns: tuple[str, ...], chosen: Callable[[Row], bool]) 
     """Return conditions, table and notes of one result."""
     result = load(name)
     rows = [row for row in result["rows"] if chosen(row)]
-    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    machine = result["machine"]
     parts = [
-        f"`{result['command']}` on {result['date'][:10]}, {machine['cpu']}, "
-        f"{machine['cores']} cores; {versions}.",
+        conditions(result),
         markdown(rows, columns),
         *(f"- {note}" for note in result["notes"]),
     ]
     return "\n\n".join(parts)
 
 
+def conditions(result: dict[str, Any]) -> str:
+    """Say how, when and on what a result was measured."""
+    versions = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
+    machine = result["machine"]
+    return (
+        f"`{result['command']}` on {result['date'][:10]}, {machine['cpu']}, "
+        f"{machine['cores']} cores; {versions}."
+    )
+
+
 def eviction() -> str:
     """Return the body of docs/eviction.md."""
     columns = ("case", "budget", "policy", "relative error", "standard error", "attention kept")
     return section("eviction", columns, lambda row: True)
+
+
+def fidelity() -> str:
+    """Return the body of docs/fidelity.md."""
+    columns = ("setting", "B/token/head", "compression", "KL mnat", "+-", "perplexity %", "top-1 %")
+    questions = {
+        "settings": "What does each format do to a trained decoder?",
+        "bits by layer": "Do bits chosen layer by layer beat the same bits everywhere?",
+        "composition": "What do at most 80 bytes per token and head buy?",
+        "window": "How long a window, for which context?",
+    }
+    parts = [conditions(load("fidelity"))]
+    for part, question in questions.items():
+        rows = [row for row in load("fidelity")["rows"] if row["part"] == part]
+        shown = ("context", *columns) if part == "window" else columns
+        parts += [f"### {question}", markdown(rows, shown)]
+    return "\n\n".join([*parts, *(f"- {note}" for note in load("fidelity")["notes"])])
 
 
 def gpu_sections() -> dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]]:
@@ -236,6 +265,7 @@ def main() -> None:
     for path, body in (
         (ROOT / "docs/performance.md", figures()),
         (ROOT / "docs/eviction.md", eviction()),
+        (ROOT / "docs/fidelity.md", fidelity()),
         (ROOT / "README.md", summary()),
     ):
         text = rewritten(path, body)

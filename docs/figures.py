@@ -6,22 +6,19 @@ chosen to read on light and on dark pages: transparent ground, mid-grey text, da
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from docs.plots import EXACT, GREY, KEYS, LINE, NORMS, VALUES, measured_figures
 from pagedtq import preset
 from pagedtq.paging.layout import PageLayout
 
-GREY, LINE, INK = "#808890", "#8a939c", "#15202b"
-KEYS, VALUES, NORMS = "#7fb3e6", "#f2b36b", "#b9a5e2"
-EXACT, SHARED, EMPTY = "#6cc49a", "#c3c9cf", "none"
+INK, SHARED, EMPTY = "#15202b", "#c3c9cf", "none"
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -197,93 +194,10 @@ def window() -> plt.Figure:
     return figure
 
 
-def measured(name: str) -> list[dict[str, Any]]:
-    """Return the rows of a committed result."""
-    results = Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json"
-    rows: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))["rows"]
-    return rows
-
-
-def muted(axes: Axes) -> None:
-    """Give axes the grey that reads on light and dark pages."""
-    axes.tick_params(colors=GREY, which="both")
-    axes.xaxis.label.set_color(GREY)
-    axes.yaxis.label.set_color(GREY)
-    for spine in axes.spines.values():
-        spine.set_color(LINE)
-
-
-def append() -> plt.Figure:
-    """Cost of appending one token, by the length of the cache, as measured."""
-    rows = measured("compat_append")
-    figure, axes = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
-    names = {"mse": "MSE keys", "prod": "Prod keys", "mse, full": "MSE keys, dropping the oldest"}
-    for (kind, name), colour in zip(names.items(), (KEYS, VALUES, EXACT), strict=True):
-        line = [row for row in rows if row["keys"] == kind]
-        tokens = [row["tokens"] for row in line]
-        cost = [row["push us (best)"] + row["move us per token"] for row in line]
-        axes.plot(tokens, cost, "o-", color=colour, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(tokens, [f"{count // 1024}k" for count in tokens])
-    axes.set(xlabel="tokens in the cache", ylabel="us per token", ylim=(0, None))
-    muted(axes)
-    axes.legend(frameon=False, labelcolor=GREY)
-    return figure
-
-
-def step_cost() -> plt.Figure:
-    """Cost of a decode step of the control plane, by pool size and by sequences, as measured."""
-    rows = measured("step_cost")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
-    callers = {
-        "tables": (KEYS, "-"),
-        "tables, shared": (KEYS, "--"),
-        "scheduler": (VALUES, "-"),
-        "scheduler, shared": (VALUES, "--"),
-    }
-    for axes, axis, field in ((left, "pool", "pages"), (right, "sequences", "sequences")):
-        for caller, (colour, style) in callers.items():
-            line = [row for row in rows if (row["axis"], row["caller"]) == (axis, caller)]
-            places = [row[field] for row in line]
-            cost = [row["min us"] for row in line]
-            axes.plot(places, cost, marker="o", linestyle=style, color=colour, label=caller)
-        muted(axes)
-    left.set_xscale("log")
-    left.set(xlabel="pages of the pool, 1024 sequences", ylim=(0, None))
-    left.set_ylabel("us, least of 200 steps", color=GREY)
-    right.set(xlabel="running sequences, 100 000 pages", xlim=(0, None), ylim=(0, None))
-    figure.legend(
-        *left.get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=4,
-        labelcolor=GREY,
-        frameon=False,
-    )
-    return figure
-
-
-def hit_rate() -> plt.Figure:
-    """Prompt tokens found in pages by memory and format: the Mooncake conversation trace."""
-    rows = measured("hit_rate")
-    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
-    colours = {"fp16": GREY, "fp8": NORMS, "k4v4": KEYS, "k2v2": VALUES}
-    for name, colour in colours.items():
-        line = [row for row in rows if row["format"] == name]
-        budgets = [row["GiB"] for row in line]
-        axes.plot(budgets, [row["found %"] for row in line], "o-", color=colour, label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(budgets, [str(budget) for budget in budgets])
-    axes.minorticks_off()
-    axes.set(xlabel="memory for the cache (GiB)", ylabel="prompt tokens found (%)", ylim=(0, None))
-    muted(axes)
-    axes.legend(frameon=False, labelcolor=GREY)
-    return figure
-
-
 def draw_all(folder: Path) -> None:
     """Write a file per figure into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    for draw in (page, window, append, step_cost, hit_rate):
+    for draw in (page, window, *measured_figures):
         with mpl.rc_context(STYLE):
             figure = draw()
             figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})

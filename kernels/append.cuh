@@ -15,8 +15,13 @@ constexpr bool kScratch = kOdd > 1 || kDense<KeyForm> || kDense<ValueForm> ||
                           KeyForm::qjl == QJL_GAUSSIAN;
 constexpr int kScratchFloats = kScratch ? kVectorsPerBlock * HEAD_DIM : 1;
 
-// Wider codes, and residuals of mixed radices, need more registers than that many blocks leave.
-constexpr int kAppendBlocks = KeyForm::bits > 4 || ValueForm::bits > 4     ? kBlocks > 3 ? 4 : 2
+// A search keeps the best codes so far beside those it tries.
+constexpr bool kSearch = KeyForm::scale == SCALE_SEARCHED || ValueForm::scale == SCALE_SEARCHED;
+
+// Wider codes, searches, and residuals of mixed radices, need more registers than that many blocks
+// leave.
+constexpr int kAppendBlocks = kSearch ? (kOdd > 1 || kBlocks < 4 ? 2 : 4)
+                              : KeyForm::bits > 4 || ValueForm::bits > 4     ? kBlocks > 3 ? 4 : 2
                               : KeyForm::qjl != QJL_NONE && kOdd > 1 && kBlocks > 5 ? 5
                                                                                     : kBlocks;
 

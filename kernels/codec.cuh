@@ -87,6 +87,68 @@ DEVICE Codes<Form> quantize(const Elements& u, const Book<Form>& book, int lane)
     return codes;
 }
 
+// A stored norm as f16 bits.
+DEVICE u16 limited_half(float stored) {
+    return f32_to_f16(stored < 65504.0f ? stored : 65504.0f);
+}
+
+// The length of what the codes decode to, before the stored norm is multiplied in.
+template <class Form>
+DEVICE float length_of(const Codes<Form>& codes, const Book<Form>& book, int lane, float* scratch) {
+    if constexpr (Form::bits <= 4) {
+        return mul_rn(sqrt_rn(static_cast<float>(sum_lanes(codes.energy))), book.half_step());
+    } else {
+        Elements terms;
+#pragma unroll
+        for (int j = 0; j < kSpan; ++j) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const float magnitude = book.magnitude(codes.magnitude(j, e));
+                terms[j][e] = exists(lane, j, e) ? mul_rn(magnitude, magnitude) : 0.0f;
+            }
+        }
+        return sqrt_rn(fold(terms, lane, scratch));
+    }
+}
+
+// Of the codes of u stretched by 13/16 to 20/16, those nearest to u in direction; the first of equal
+// ones. Returns their length.
+template <class Form>
+DEVICE float search(const Elements& u, const Book<Form>& book, int lane, float* scratch,
+                    Codes<Form>& codes) {
+    float best = -1.0f, length = 1.0f;
+    // Not unrolled: eight copies of the quantizer would fill the instruction cache.
+#pragma unroll 1
+    for (int sixteenths = 13; sixteenths <= 20; ++sixteenths) {
+        const float stretch = static_cast<float>(sixteenths) * 0.0625f;
+        Elements terms;
+#pragma unroll
+        for (int j = 0; j < kSpan; ++j) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) terms[j][e] = mul_rn(u[j][e], stretch);
+        }
+        const Codes<Form> tried = quantize<Form>(terms, book, lane);
+#pragma unroll
+        for (int j = 0; j < kSpan; ++j) {
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
+                const float magnitude = book.magnitude(tried.magnitude(j, e));
+                terms[j][e] = exists(lane, j, e) ? mul_rn(magnitude, size) : 0.0f;
+            }
+        }
+        const float product = fold(terms, lane, scratch);
+        const float its_length = length_of<Form>(tried, book, lane, scratch);
+        const float cosine = div_rn(product, its_length);
+        if (cosine > best) {
+            best = cosine;
+            length = its_length;
+            codes = tried;
+        }
+    }
+    return length;
+}
+
 // The stored norm (f16 bits) into which the scale is folded; u are the unit coordinates.
 template <class Form>
 DEVICE u16 stored_norm(float norm, const Elements& u, const Codes<Form>& codes, const Book<Form>& book,
@@ -94,9 +156,8 @@ DEVICE u16 stored_norm(float norm, const Elements& u, const Codes<Form>& codes, 
     float stored;
     if constexpr (Form::scale == SCALE_NONE) {
         stored = mul_rn(norm, book.factor());
-    } else if constexpr (Form::scale == SCALE_NORM_CORRECTED && Form::bits <= 4) {
-        const float energy = static_cast<float>(sum_lanes(codes.energy));
-        stored = div_rn(norm, mul_rn(sqrt_rn(energy), book.half_step()));
+    } else if constexpr (Form::scale == SCALE_NORM_CORRECTED) {
+        stored = div_rn(norm, length_of<Form>(codes, book, lane, scratch));
     } else {
         Elements terms;
 #pragma unroll
@@ -105,21 +166,15 @@ DEVICE u16 stored_norm(float norm, const Elements& u, const Codes<Form>& codes, 
             for (int e = 0; e < 8; ++e) {
                 const float magnitude = book.magnitude(codes.magnitude(j, e));
                 const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
-                const float other = Form::scale == SCALE_UNBIASED ? size : magnitude;
-                terms[j][e] = exists(lane, j, e) ? mul_rn(magnitude, other) : 0.0f;
+                terms[j][e] = exists(lane, j, e) ? mul_rn(magnitude, size) : 0.0f;
             }
         }
         const float sum = fold(terms, lane, scratch);
-        if constexpr (Form::scale == SCALE_UNBIASED) {
-            const float root = bits_float(ROOT_BITS);
-            stored = sum > 0.0f ? div_rn(mul_rn(norm, root), sum) : 0.0f;
-        } else {
-            stored = div_rn(norm, sqrt_rn(sum));
-        }
+        const float root = bits_float(ROOT_BITS);
+        stored = sum > 0.0f ? div_rn(mul_rn(norm, root), sum) : 0.0f;
     }
-    return f32_to_f16(stored < 65504.0f ? stored : 65504.0f);
+    return limited_half(stored);
 }
-
 
 // Prod: the norm of what the codes miss, and the signs of its projection.
 template <class Form>
@@ -195,8 +250,14 @@ DEVICE void encode(Elements& x, const Tables& tables, const Target& to, int head
 #pragma unroll
         for (int e = 0; e < 8; ++e) u[j][e] = mul_rn(x[j][e], inverse);
     }
-    const Codes<Form> codes = quantize<Form>(u, book, lane);
-    const u16 stored = stored_norm<Form>(norm, u, codes, book, lane, scratch);
+    Codes<Form> codes;
+    u16 stored;
+    if constexpr (Form::scale == SCALE_SEARCHED) {
+        stored = limited_half(div_rn(norm, search<Form>(u, book, lane, scratch, codes)));
+    } else {
+        codes = quantize<Form>(u, book, lane);
+        stored = stored_norm<Form>(norm, u, codes, book, lane, scratch);
+    }
     put_codes<Form>(codes, to, lane);
     if (to.active && lane == 0) put_half(to.place, Form::norms_at, stored);
     if constexpr (Form::qjl != QJL_NONE) {

@@ -19,6 +19,7 @@
 #define SCALE_NONE 0
 #define SCALE_NORM_CORRECTED 1
 #define SCALE_UNBIASED 2
+#define SCALE_SEARCHED 3
 
 #define QJL_NONE 0
 #define QJL_GAUSSIAN 1

@@ -56,10 +56,12 @@ class TurboQuant(
     estimator : {"mse", "prod"}
         ``"mse"``: least reconstruction error. ``"prod"``: unbiased inner products from a QJL sign
         sketch of the residual. Values are always ``"mse"``.
-    scale : {"norm_corrected", "none", "unbiased"}
+    scale : {"norm_corrected", "searched", "none", "unbiased"}
         What is folded into the stored norm. ``"none"``: the vector's norm. ``"norm_corrected"``:
-        the decoded vector gets the exact norm. ``"unbiased"``: ``<x, decoded x> = |x|**2`` (EDEN).
-        The MSE stage of ``"prod"`` is always unscaled.
+        the decoded vector gets the exact norm. ``"searched"``: the same, and the codes are the best
+        of eight that differ in how far the vector was stretched; pages are read as fast, the error
+        is up to a fifth smaller, encoding takes several times as long. ``"unbiased"``:
+        ``<x, decoded x> = |x|**2`` (EDEN). The MSE stage of ``"prod"`` is always unscaled.
     rotation : {"hadamard", "dense"}
         Seeded-sign Hadamard (mixed radix for 80, 96, 112, 160, 192), or a dense QR rotation.
     projection : {"gaussian", "orthogonal"}
@@ -72,7 +74,7 @@ class TurboQuant(
 
     bits: int = 4
     estimator: Literal["mse", "prod"] = "mse"
-    scale: Literal["norm_corrected", "none", "unbiased"] = "norm_corrected"
+    scale: Literal["norm_corrected", "searched", "none", "unbiased"] = "norm_corrected"
     rotation: Literal["hadamard", "dense"] = "hadamard"
     projection: Literal["gaussian", "orthogonal"] = "gaussian"
     unit_norm: bool = False
@@ -80,7 +82,7 @@ class TurboQuant(
 
     def __post_init__(self) -> None:
         _one_of("estimator", self.estimator, ("mse", "prod"))
-        _one_of("scale", self.scale, ("norm_corrected", "none", "unbiased"))
+        _one_of("scale", self.scale, ("norm_corrected", "searched", "none", "unbiased"))
         _one_of("rotation", self.rotation, ("hadamard", "dense"))
         _one_of("projection", self.projection, ("gaussian", "orthogonal"))
         low = 2 if self.estimator == "prod" else 1

@@ -69,6 +69,26 @@ def test_simulate_prints_its_report_as_json(cli, tmp_path):
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["report.json"]
 
 
+def test_simulate_swaps_what_must_give_way(cli):
+    command = (
+        "simulate --requests 60 --rate inf --formats k4v4-w0 --budget 256MiB --no-plots --json "
+        "--watermark 0 --preemption swap --host-memory 1GiB"
+    )
+    code, out, err = cli(command)
+    assert code == 0, err
+    report = msgspec.json.decode(out)
+    assert (report["host_bytes"], report["overlap_swaps"]) == (1 << 30, True)
+    assert report["options"]["preemption"] == "swap"
+    swaps = report["formats"][0]["swaps"]
+    assert swaps["sequences"] > 0
+    assert swaps["link_seconds"] > 0
+    code, out, err = cli(command + " --wait-for-swaps --link-bandwidth 1e9")
+    assert code == 0, err
+    waited = msgspec.json.decode(out)
+    assert waited["hardware"]["link_bandwidth"] == 1e9
+    assert waited["formats"][0]["swaps"]["wait_seconds"] > swaps["wait_seconds"]
+
+
 def test_simulate_replays_a_trace_file(cli, tmp_path):
     rows = "".join(f"{i * 0.25},100,{10 + i}\n" for i in range(20))
     header = "arrived_at,num_prefill_tokens,num_decode_tokens\n"

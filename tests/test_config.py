@@ -28,7 +28,7 @@ def codecs(draw, stream):
     return TurboQuant(
         bits=draw(st.integers(2 if estimator == "prod" else 1, 8)),
         estimator=estimator,
-        scale=draw(st.sampled_from(["norm_corrected", "none", "unbiased"])),
+        scale=draw(st.sampled_from(["norm_corrected", "searched", "none", "unbiased"])),
         rotation=draw(st.sampled_from(["hadamard", "dense"])),
         projection=draw(st.sampled_from(["gaussian", "orthogonal"])),
         unit_norm=draw(st.booleans()),

@@ -38,7 +38,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--context", type=positive_int, default=2048, help="tokens of a window")
     parser.add_argument("--windows", type=positive_int, default=4, help="windows that are scored")
     parser.add_argument(
-        "--calibration-tokens", type=positive_int, default=512, help="tokens for key means"
+        "--calibration-tokens",
+        type=positive_int,
+        help="tokens for key means, from the text's beginning (one window by default)",
     )
     parser.add_argument(
         "--selection-windows", type=positive_int, default=2, help="windows for sensitivities"
@@ -46,7 +48,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--settings",
         metavar="A,B,...",
-        help="PRESET[-wN][-centred], with an exact window of N tokens, with centred keys",
+        help="PRESET[-wN][-centred][-searched]: exact window of N tokens, centred keys, searched "
+        "codes",
     )
     parser.add_argument("--no-peers", action="store_true", help="leave out other systems' formats")
     parser.add_argument(

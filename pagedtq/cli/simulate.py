@@ -20,7 +20,7 @@ from ..sim.sweep import SweepReport, sweep_budgets, write_sweep
 from ..sim.table import report_table, sweep_table
 from ..sim.traces import READERS, read_trace
 from ..sim.workload import Workload
-from ..sizing import Format
+from ..sizing import Format, parse_bytes
 from .arguments import (
     Commands,
     add_command,
@@ -98,6 +98,24 @@ def add_parser(commands: Commands) -> None:
         default=options.admission,
         help="what of a request must fit: its prompt, the next chunk of it, or all to its end",
     )
+    batch.add_argument(
+        "--preemption",
+        choices=("recompute", "swap", "auto"),
+        default=options.preemption,
+        help="what becomes of a sequence that must give way: it is computed again, moves to the "
+        "host and back, or whichever costs less",
+    )
+    batch.add_argument(
+        "--host-memory",
+        type=checked(parse_bytes),
+        metavar="SIZE",
+        help="of the host, for sequences that are swapped (default: as much as --budget)",
+    )
+    batch.add_argument(
+        "--wait-for-swaps",
+        action="store_true",
+        help="let every step wait for its copies, instead of overlapping them with steps",
+    )
     _add_hardware_options(parser.add_argument_group("cost model"))
     real = parser.add_argument_group("execution")
     real.add_argument(
@@ -132,6 +150,12 @@ def _add_hardware_options(group: Any) -> None:
     group.add_argument(
         "--step-overhead", type=float, default=machine.step_overhead, help="seconds of every step"
     )
+    group.add_argument(
+        "--link-bandwidth",
+        type=float,
+        default=machine.link_bandwidth,
+        help="bytes per second between device and host, each way",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -148,6 +172,8 @@ def run(arguments: argparse.Namespace) -> int:
         page_size=arguments.page_size,
         hardware=hardware,
         options=options,
+        host_bytes=arguments.host_memory,
+        overlap_swaps=not arguments.wait_for_swaps,
         progress=progress,
     )
     if arguments.execute:
@@ -196,6 +222,8 @@ def _sweep(arguments: argparse.Namespace, workload: Workload) -> int:
         page_size=arguments.page_size,
         hardware=_hardware(arguments),
         options=_options(arguments),
+        host_bytes=arguments.host_memory,
+        overlap_swaps=not arguments.wait_for_swaps,
         progress=progress,
     )
     written = [write_sweep(report, arguments.out)]
@@ -211,11 +239,12 @@ def _options(arguments: argparse.Namespace) -> SchedulerOptions:
         max_running=arguments.max_running,
         watermark=arguments.watermark,
         admission=arguments.admission,
+        preemption=arguments.preemption,
     )
 
 
 def _hardware(arguments: argparse.Namespace) -> Hardware:
-    fields = ("bandwidth", "efficiency", "flops", "step_overhead")
+    fields = ("bandwidth", "efficiency", "flops", "step_overhead", "link_bandwidth")
     hardware = Hardware(**{field: getattr(arguments, field) for field in fields})
     default = Hardware()
     return default if hardware == default else msgspec.structs.replace(hardware, name="custom")

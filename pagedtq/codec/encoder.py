@@ -14,6 +14,10 @@ otherwise, so that codes and norms of a vector do not depend on what is encoded 
    - ``norm_corrected``: ``norm / |table[codes]|``. For widths 1 to 4 the squared norm is the exact
      integer ``E = sum(odd_steps**2)``, and the divisor ``sqrt(float32(E)) * 2**-(exponent+1)``;
      above it is ``sqrt(fold(table**2))``;
+   - ``searched``: as ``norm_corrected``, with the codes of that ``u * s`` for which
+     ``fold(|table| * |u|) / |table[codes]|`` is largest, the first of those that are equal; ``s``
+     runs over `STRETCHES`. It is the cosine of the angle between the vector and its decoded self,
+     up to the rotation's rounding, so the error is the least of those tried;
    - ``unbiased``: ``(norm * sqrt(d)) / fold(|table| * |u|)``, so that ``<x, decoded x> = |x|**2``
      (the scale of EDEN, arXiv 2108.08842).
 5. Prod, whose MSE stage is unscaled: ``r = raw * (1 / sqrt(d)) - table[code] * n`` with the stored
@@ -40,6 +44,9 @@ from .rotation import Rotation
 
 #: Vectors with a smaller norm are stored as zero.
 ZERO_NORM = np.float32(1e-12)
+
+#: What ``scale="searched"`` tries; sixteenths, so that kernels make the same factors.
+STRETCHES = tuple(np.float32(sixteenths / 16) for sixteenths in range(13, 21))
 
 _F16_MAX = np.float32(65504.0)
 
@@ -81,7 +88,7 @@ class Encoder:
     ----------
     stream : {"key", "value"}
         Decides the row format.
-    scale : {"none", "norm_corrected", "unbiased"}
+    scale : {"none", "norm_corrected", "searched", "unbiased"}
         Decides the stored norm; ``"none"`` with a projection.
     book : Codebook
         The codes' codebook.
@@ -141,8 +148,11 @@ class Encoder:
         inverse = np.zeros_like(norm)
         np.divide(np.float32(1), norm, out=inverse, where=norm > 0)
         np.multiply(raw, np.repeat(inverse, self.lanes), out=u)
-        codes, energy = self._codes(u)
-        stored = self._stored_norms(norm, u, codes, energy)
+        if self.scale == "searched":
+            codes, stored = self._search(u, raw, norm)
+        else:
+            codes, energy = self._codes(u)
+            stored = self._stored_norms(norm, u, codes, energy)
         result.norms[at] = stored.reshape(-1, self.num_heads)
         code_rows = scratch("code_rows", tile.size, np.uint8).reshape(-1, self.head_dim)
         to_rows(codes, code_rows)
@@ -186,10 +196,54 @@ class Encoder:
             energy = self.quantizer.indices_and_energy(u, codes)
         else:
             self.quantizer.indices(u, codes)
+        self._add_signs(codes, negative)
+        return codes, energy
+
+    def _search(
+        self, u: Array, spare: Array, norm: Array
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
+        """Quantise planes at every stretch and keep what is nearest in direction, vector by vector.
+
+        ``u`` becomes ``|u|``; ``spare`` is work space of its shape.
+        """
+        negative = scratch("negative", u.size, np.bool_).reshape(u.shape)
+        tried = scratch("tried", u.size, np.uint8).reshape(u.shape)
+        codes = scratch("codes", u.size, np.uint8).reshape(u.shape)
+        np.less(u, 0, out=negative)
+        np.abs(u, out=u)
+        best = np.full_like(norm, -1)
+        lengths = np.ones_like(norm)
+        for stretch in STRETCHES:
+            np.multiply(u, stretch, out=spare)
+            if self.book.odd_steps is not None:
+                energy = self.quantizer.indices_and_energy(spare, tried)
+                length = self._length(norm, energy)
+                terms = self._look_up(np.abs(self.book.table), tried)
+            else:
+                self.quantizer.indices(spare, tried)
+                terms = self._look_up(np.abs(self.book.table), tried)
+                np.multiply(terms, terms, out=spare)
+                length = np.sqrt(fold(spare, norm.size))
+            np.multiply(terms, u, out=terms)
+            cosine = fold(terms, norm.size) / length
+            better = cosine > best
+            np.copyto(best, cosine, where=better)
+            np.copyto(lengths, length, where=better)
+            np.copyto(codes, tried, where=np.repeat(better, self.lanes))
+        self._add_signs(codes, negative)
+        return codes, np.minimum(norm / lengths, _F16_MAX).astype(np.float16)
+
+    def _length(self, norm: Array, energy: npt.NDArray[np.int64]) -> Array:
+        """Return ``|table[codes]|`` from sums of squared odd steps, for widths 1 to 4."""
+        total = energy.reshape(norm.size, self.lanes).sum(axis=1).astype(np.float32)
+        length: Array = np.sqrt(total) * np.float32(2.0 ** -(self.book.exponent + 1))
+        return length
+
+    def _add_signs(self, codes: npt.NDArray[np.uint8], negative: npt.NDArray[np.bool_]) -> None:
+        """Put the signs above magnitude indices; ``negative`` is used up."""
         signs = negative.view(np.uint8)
         np.multiply(signs, np.uint8(1 << (self.book.width - 1)), out=signs)
         np.add(codes, signs, out=codes)
-        return codes, energy
 
     def _stored_norms(
         self,
@@ -202,8 +256,7 @@ class Encoder:
         if self.scale == "none":
             stored = norm * self.book.factor
         elif energy is not None:
-            total = energy.reshape(norm.size, self.lanes).sum(axis=1).astype(np.float32)
-            stored = norm / (np.sqrt(total) * np.float32(2.0 ** -(self.book.exponent + 1)))
+            stored = norm / self._length(norm, energy)
         else:
             terms = self._look_up(np.abs(self.book.table), codes)
             if self.scale == "norm_corrected":

@@ -162,34 +162,41 @@ def attend(
     heads, length, dim = queries.shape
     kv_heads = len(exact.keys)
     grouped = queries.reshape(kv_heads, heads // kv_heads, length, dim)
-    position = torch.arange(length)
     out = torch.empty_like(grouped)
     for begin in range(0, length, _ROWS):
         rows = slice(begin, min(begin + _ROWS, length))
+        # Keys that no row of the tile reads are half of all, in a causal mask.
+        width = int(visible[rows].any(dim=0).nonzero().max()) + 1 if visible[rows].any() else 1
+        read = exact if spans is None else coded
         q = grouped[:, :, rows] * scale
-        logits = q @ exact.keys[:, None].transpose(2, 3)
-        value_coded = None
-        if spans is not None:
-            first = torch.from_numpy(spans.first[rows])[:, None]
-            key_coded = (position >= first) & (
-                position < torch.from_numpy(spans.key_stop[rows])[:, None]
-            )
-            value_coded = (position >= first) & (
-                position < torch.from_numpy(spans.value_stop[rows])[:, None]
-            )
-            other = q @ coded.keys[:, None].transpose(2, 3)
-            logits = torch.where(key_coded, other, logits)
+        logits = q @ read.keys[:, None, :width].transpose(2, 3)
+        edges = [] if spans is None else list(_exact_columns(spans, rows, width))
+        for columns, keys_exact, _ in edges:
+            other = q @ exact.keys[:, None, columns].transpose(2, 3)
+            logits[..., columns] = torch.where(keys_exact, other, logits[..., columns])
         if soft_cap is not None:
             logits = soft_cap * torch.tanh(logits / soft_cap)
-        logits = logits.masked_fill(~visible[rows], -torch.inf)
+        logits = logits.masked_fill(~visible[rows, :width], -torch.inf)
         weights = torch.softmax(logits, dim=-1)
-        if value_coded is None:
-            out[:, :, rows] = weights @ exact.values[:, None]
-        else:
-            out[:, :, rows] = (weights * ~value_coded) @ exact.values[:, None] + (
-                weights * value_coded
-            ) @ coded.values[:, None]
+        out[:, :, rows] = weights @ read.values[:, None, :width]
+        for columns, _, values_exact in edges:
+            change = exact.values[:, None, columns] - coded.values[:, None, columns]
+            out[:, :, rows] += (weights[..., columns] * values_exact) @ change
     return out.reshape(heads, length, dim)
+
+
+def _exact_columns(
+    spans: CodedSpans, rows: slice, width: int
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield column ranges in which some of these rows read exactly, and where: keys, values."""
+    first, *stops = (torch.from_numpy(x[rows])[:, None] for x in spans)
+    low = min(int(first.max()), width)
+    high = max(min(int(stop.min()) for stop in stops), low)
+    for columns in (slice(0, low), slice(high, width)):
+        position = torch.arange(columns.start, columns.stop)
+        if position.numel():
+            keys, values = ((position < first) | (position >= stop) for stop in stops)
+            yield columns, keys, values
 
 
 def _read_back(

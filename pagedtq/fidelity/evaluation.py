@@ -32,8 +32,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     ----------
     context : int
         Tokens of a window.
-    calibration_tokens : int
-        For key means.
+    calibration_tokens : int, optional
+        For key means; one window by default. Keys are stored after the rotary embedding, so that
+        their means depend on the positions they are taken from: take those that will be served.
     selection_windows : int
         For sensitivities.
     windows : int
@@ -41,17 +42,22 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     context: int = 2048
-    calibration_tokens: int = 512
+    calibration_tokens: int | None = None
     selection_windows: int = 2
     windows: int = 4
 
     @property
+    def key_mean_tokens(self) -> int:
+        """Tokens that key means are taken from."""
+        return self.context if self.calibration_tokens is None else self.calibration_tokens
+
+    @property
     def tokens(self) -> int:
         """Tokens needed."""
-        return self.calibration_tokens + self.context * (self.selection_windows + self.windows)
+        return self.key_mean_tokens + self.context * (self.selection_windows + self.windows)
 
     def split(self, ids: Array) -> tuple[Array, Array, Array]:
-        """Return the parts: ``int64[calibration_tokens]``, and windows of each of the others.
+        """Return the parts: ``int64[key_mean_tokens]``, and windows of each of the others.
 
         Raises
         ------
@@ -61,11 +67,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         if len(ids) < self.tokens:
             raise ArgumentError(
                 f"the text has {len(ids)} tokens, expected at least {self.tokens}: "
-                f"{self.calibration_tokens} for calibration and {self.selection_windows} + "
+                f"{self.key_mean_tokens} for calibration and {self.selection_windows} + "
                 f"{self.windows} windows of {self.context}; use a longer text, or a smaller "
                 "context or fewer windows"
             )
-        first = self.calibration_tokens
+        first = self.key_mean_tokens
         middle = first + self.selection_windows * self.context
         end = middle + self.windows * self.context
         rows = (-1, self.context)
@@ -209,7 +215,7 @@ def evaluate(
             config=recommendation.config,
             key_means=key_means,
             model_digest=model_digest(model),
-            num_tokens=plan.calibration_tokens,
+            num_tokens=plan.key_mean_tokens,
         )
     report = Evaluation(
         schema=1,

@@ -25,6 +25,8 @@ Hasher: TypeAlias = Callable[[bytes], Any]
 #: Bytes of a key made here; keys made elsewhere may have any length.
 KEY_BYTES = 32
 INT32 = np.iinfo(np.int32)
+#: How token ids are kept where they will be hashed.
+RAW_TOKENS = np.dtype("<i4")
 
 
 class BlockHasher:
@@ -52,6 +54,8 @@ class BlockHasher:
             self._hash = _blake2b
         else:
             raise ArgumentError(f"hash must be 'sha256' or 'blake2b', got {algorithm!r}")
+        # A block as one element of an array, which becomes the bytes of its tokens.
+        self._block = np.dtype((np.void, 4 * self.page_size))
         self.root: bytes = self._hash(b"pagedtq.prefix.1").digest()
 
     def chain(
@@ -72,37 +76,35 @@ class BlockHasher:
         extras : mapping of block to bytes, optional
             As `extras_of` returns it.
         """
-        size, hashed = 4 * self.page_size, self._hash
-        data = np.ascontiguousarray(tokens, "<i4").tobytes()
+        size, hashed = self.page_size, self._hash
+        count = len(tokens) // size
+        whole = np.ascontiguousarray(tokens[: count * size], RAW_TOKENS)
+        blocks = whole.view(self._block).tolist()
         key = self.root if parent is None else parent
-        keys = []
-        stop = len(data) - size + 1
         if not extras:
-            for at in range(0, stop, size):
-                key = hashed(key + data[at : at + size]).digest()
-                keys.append(key)
-            return keys
-        for block, at in enumerate(range(0, stop, size), first_block):
-            key = hashed(key + data[at : at + size] + extras.get(block, b"")).digest()
-            keys.append(key)
-        return keys
+            return [key := hashed(key + block).digest() for block in blocks]
+        return [
+            key := hashed(key + block + extras.get(at, b"")).digest()
+            for at, block in enumerate(blocks, first_block)
+        ]
 
-    def extend(self, chains: Sequence[list[bytes]], tokens: Int32) -> list[bytes]:
+    def extend(self, chains: Sequence[list[bytes]], blocks: Sequence[bytes]) -> list[bytes]:
         """Append to each of several chains the key of its next block; return those keys.
 
         Parameters
         ----------
         chains : sequence of list of bytes
             Keys of the blocks before, each a list of its own.
-        tokens : int32[n, P]
-            The blocks.
+        blocks : sequence of bytes
+            The tokens of each block, as they are hashed.
         """
-        hashed, root, added = self._hash, self.root, []
-        blocks = np.ascontiguousarray(tokens, "<i4").view(f"V{4 * self.page_size}").ravel()
-        for keys, block in zip(chains, blocks.tolist(), strict=True):
-            key = hashed((keys[-1] if keys else root) + block).digest()
+        hashed, root = self._hash, self.root
+        added = [
+            hashed((keys[-1] if keys else root) + block).digest()
+            for keys, block in zip(chains, blocks, strict=True)
+        ]
+        for keys, key in zip(chains, added, strict=True):
             keys.append(key)
-            added.append(key)
         return added
 
 

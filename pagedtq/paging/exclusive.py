@@ -1,15 +1,16 @@
-"""One caller at a time: what keeps threads from meeting inside the tables.
+"""One caller at a time: what keeps threads from meeting inside the tables, or what works on them.
 
 A call that changes the tables takes the turn, and returns it when it ends. Whoever finds the turn
 taken, another thread or an observer that calls back, gets a ``ConcurrentCallError``, and nothing
 has changed. The turn is the one element of a list: taking it is atomic, and costs a fraction of a
-lock.
+lock. A caller that makes several changes as one takes the turn itself, see `unguarded`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from types import MethodType
 from typing import Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 from ..errors import ConcurrentCallError
@@ -38,8 +39,8 @@ def take_turn(turn: Turn, operation: str) -> None:
 def calls_met(operation: str) -> ConcurrentCallError:
     """Return what is raised when a call finds the turn taken."""
     return ConcurrentCallError(
-        f"cannot {operation}: another call is changing these tables; let one thread call at a "
-        f"time, or guard the tables with a lock"
+        f"cannot {operation}: another call is at work in the same tables or scheduler; let one "
+        f"thread call at a time, or take a lock around the calls"
     )
 
 
@@ -56,3 +57,9 @@ def exclusive(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S,
             self._turn.append(None)
 
     return cast(Callable[Concatenate[S, P], R], alone)
+
+
+def unguarded(method: Callable[P, R]) -> Callable[P, R]:
+    """Return a bound exclusive method without its guard, for callers that have taken the turn."""
+    bound = cast(Any, method)
+    return cast(Callable[P, R], MethodType(bound.__wrapped__, bound.__self__))

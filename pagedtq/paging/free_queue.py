@@ -14,6 +14,8 @@ so it costs nothing while there is none, and parked ids can be removed like any 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -39,13 +41,13 @@ class FreeQueue:
     def __init__(self, first: int, count: int) -> None:
         self._ring = np.full(2 * count + _FIRST_LOOK, -1, np.int32)
         self._ring[:count] = np.arange(first, first + count, dtype=np.int32)
-        # Where each id lies in the ring; of absent ids, where it was last.
+        # Where each id lies in the ring; of absent ids, where it was last. See `_places`.
         # Narrow where possible: freeing random ids is bound by this array's cache misses.
         self._place_type = np.int32 if self._ring.size < 1 << 31 else np.int64
         self._place = np.zeros(first + count, self._place_type)
         self._place[first:] = np.arange(count)
-        # Reading and writing one entry through these costs a third of NumPy's own indexing.
-        self._ring_entries, self._places = self._ring.data, self._place.data
+        # Ids from here on in the ring are not in `_place` yet: few are ever taken from the middle.
+        self._unplaced = count
         self._head, self._tail, self._end = 0, count, self._ring.size
         # Ids that wait, parked ones included.
         self._size = count
@@ -86,7 +88,7 @@ class FreeQueue:
         """Undo the `pop` that took these ids, if nothing else was done since."""
         if ids.size:
             # Neither the ring nor the places have forgotten them.
-            self._head = int(self._place[ids[0]])
+            self._head = int(self._places()[ids[0]])
             self._size += ids.size
 
     def push(self, ids: Int32) -> None:
@@ -96,7 +98,6 @@ class FreeQueue:
             self._compact()
         tail = self._tail
         self._ring[tail : tail + count] = ids
-        self._place[ids] = np.arange(tail, tail + count)
         self._tail = tail + count
         self._size += count
         if self._marks:
@@ -119,50 +120,51 @@ class FreeQueue:
             return False
         self._ring[tail : tail + count] = ids
         self._tail = tail + count
+        if self._unplaced == tail:
+            self._unplaced = self._tail
         self._size += count
         if self._marks:
             self._parked += count
         return True
 
-    def push_sole(self, ids: list[int], owners: memoryview, first: int) -> bool:
+    def push_sole(self, ids: Int32, owners: memoryview, first: int) -> bool:
         """Append a few ids that lose their only owner; tell whether it was done.
 
         Nothing is done if one is below ``first``, not among ``owners``, has not one owner, or is
         given twice.
         """
-        if self._tail + len(ids) > self._end:
+        count = ids.size
+        if self._tail + count > self._end:
             self._compact()
-        ring, places, tail = self._ring_entries, self._places, self._tail
+        listed, at = ids.tolist(), 0
         try:
-            for entry in ids:
+            for at, entry in enumerate(listed):  # noqa: B007
                 # One that is given twice has no owner left the second time.
                 if entry < first or owners[entry] != 1:
                     raise IndexError
                 owners[entry] = 0
-                # Places of ids that are absent and entries behind the tail mean nothing.
-                ring[tail] = entry
-                places[entry] = tail
-                tail += 1
         except IndexError:
-            for entry in ids[: tail - self._tail]:
+            for entry in listed[:at]:
                 owners[entry] = 1
             return False
-        self._size += len(ids)
-        self._tail = tail
+        tail = self._tail
+        self._ring[tail : tail + count] = ids
+        self._tail = tail + count
+        self._size += count
         if self._marks:
-            self._parked += len(ids)
+            self._parked += count
         return True
 
     def remove(self, ids: Int32) -> None:
         """Take distinct ids from wherever they are, parked or not."""
         self._parked -= int(np.count_nonzero(self.are_parked(ids)))
-        self._ring[self._place[ids]] = -1
+        self._ring[self._places()[ids]] = -1
         self._size -= ids.size
 
     def restore(self, ids: Int32) -> None:
         """Undo the `remove` of these ids, if nothing was pushed since."""
         if ids.size:
-            places = self._place[ids]
+            places = self._places()[ids]
             self._ring[places] = ids
             self._head = min(self._head, int(places.min()))
             self._parked += int(np.count_nonzero(self.are_parked(ids)))
@@ -172,7 +174,7 @@ class FreeQueue:
         """Tell which of some ids that wait are parked, ``bool[n]``."""
         if not self._marks:
             return np.zeros(ids.size, np.bool_)
-        parked: Bools = np.greater_equal(self._place[ids], self._marks[0][1])
+        parked: Bools = np.greater_equal(self._places()[ids], self._marks[0][1])
         return parked
 
     def fence(self, epoch: int) -> None:
@@ -218,7 +220,7 @@ class FreeQueue:
             raise IntegrityError(
                 f"{parked} ids are parked in a free queue that counts {self._parked}"
             )
-        if not np.array_equal(self._ring[self._place[waiting]], waiting):
+        if not np.array_equal(self._ring[self._places()[waiting]], waiting):
             raise IntegrityError("the free queue does not know where its ids are")
 
     def _pop_over_holes(self, count: int) -> Int32:
@@ -234,6 +236,17 @@ class FreeQueue:
         self._head += int(live[count]) if live.size > count else ahead.size
         return taken
 
+    def _places(self) -> npt.NDArray[Any]:
+        """Return where each id lies, of absent ones where it was last."""
+        begin, end = self._unplaced, self._tail
+        if begin < end:
+            # There is no hole, for making one brings this up to date. NumPy keeps the last of
+            # several values assigned to one place, so that of an id's places the last one counts.
+            self._place[self._ring[begin:end]] = np.arange(begin, end)
+            self._unplaced = end
+        placed: npt.NDArray[Any] = self._place
+        return placed
+
     def _live(self, begin: int, end: int) -> Int32:
         """Return the ids between two places of the ring."""
         # What was taken leaves its id in the ring behind the head.
@@ -246,6 +259,7 @@ class FreeQueue:
         self._ring[: waiting.size] = waiting
         self._place[waiting] = np.arange(waiting.size)
         self._head, self._tail = 0, waiting.size
+        self._unplaced = waiting.size
 
 
 NO_IDS: Int32 = np.empty(0, np.int32)

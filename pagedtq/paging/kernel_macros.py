@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 #: Numbers that stand for names in ``kernels/page.cuh``.
 DTYPE_NUMBERS = {"f16": 1, "bf16": 2, "f32": 3}
-SCALE_NUMBERS = {"none": 0, "norm_corrected": 1, "unbiased": 2}
+SCALE_NUMBERS = {"none": 0, "norm_corrected": 1, "unbiased": 2, "searched": 3}
 QJL_NUMBERS = {"none": 0, "gaussian": 1, "orthogonal": 2}
 
 _STREAM_MACROS = (

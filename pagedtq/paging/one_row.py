@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import ArgumentError, OutOfPages
 from .arguments import MAX_TOKENS, Int32, integer
-from .exclusive import calls_met, exclusive
+from .exclusive import exclusive
 from .shared_prefixes import BlockChain, opaque_keys
 from .steps import Steps
 
@@ -52,6 +52,7 @@ class OneRow(Steps):
         self._adopt(row, BlockChain(keys, opaque=True), list(pages), num_tokens)
         return seq_id
 
+    @exclusive
     def lengthen(self, seq_id: int, length: int, keep_free: int = 0) -> list[int]:
         """Make room in one sequence for positions below ``length``; return its new pages.
 
@@ -65,36 +66,28 @@ class OneRow(Steps):
         StepError
             If a step is open.
         """
-        # As `exclusive`, without the price of passing arguments on.
-        try:
-            self._turn.pop()
-        except IndexError:
-            raise calls_met("lengthen") from None
-        try:
-            if self._step is not None:
-                self._refuse_open_step("lengthen")
-            row = self._row_of(seq_id)
-            if self._num_away:
-                self._refuse_away(np.array([row]), "append to")
-            if type(length) is not int or not 0 <= length <= MAX_TOKENS:
-                length = integer("length", length, 0, MAX_TOKENS)
-            size, old = self.page_size, self._length.item(row)
-            if (
-                old < length
-                and length <= old + -old % size
-                and not (self.window_tokens or self._twins.count)
+        if self._step is not None:
+            self._refuse_open_step("lengthen")
+        row = self._row_of(seq_id)
+        if self._num_away:
+            self._refuse_away(np.array([row]), "append to")
+        if type(length) is not int or not 0 <= length <= MAX_TOKENS:
+            length = integer("length", length, 0, MAX_TOKENS)
+        size, old = self.page_size, self._length.item(row)
+        if (
+            old < length
+            and length <= old + -old % size
+            and not (self.window_tokens or self._twins.count)
+        ):
+            # Inside the open page, as most decode steps are: done if nobody else knows it.
+            page = self._table.item(row, old // size)
+            if self.pool.ref_counts.item(page) == 1 and not (
+                self.prefix is not None and self.prefix.holds(page)
             ):
-                # Inside the open page, as most decode steps are: done if nobody else knows it.
-                page = self._table.item(row, old // size)
-                if self.pool.ref_counts.item(page) == 1 and not (
-                    self.prefix is not None and self.prefix.holds(page)
-                ):
-                    self.version += 1
-                    self._length[row] = length
-                    return []
-            return self._lengthen(seq_id, row, old, length, keep_free)
-        finally:
-            self._turn.append(None)
+                self.version += 1
+                self._length[row] = length
+                return []
+        return self._lengthen(seq_id, row, old, length, keep_free)
 
     def _lengthen(self, seq_id: int, row: int, old: int, length: int, keep_free: int) -> list[int]:
         """Do what `lengthen` does, of arguments that are checked."""

@@ -151,10 +151,11 @@ class CountedPool:
             If an id is out of range or has fewer owners than it would lose.
         """
         if type(ids) is ARRAY and ids.dtype is INT32 and ids.ndim == 1:
-            few = ids.size <= FEW
-            if few and self._queue.push_sole(ids.tolist(), self._owners, self._first):
-                return ids  # type: ignore[return-value]
-            if not few and self._release_unshared(ids):  # type: ignore[arg-type]
+            if ids.size <= FEW:
+                done = self._queue.push_sole(ids, self._owners, self._first)  # type: ignore[arg-type]
+            else:
+                done = self._release_unshared(ids)  # type: ignore[arg-type]
+            if done:
                 return ids  # type: ignore[return-value]
         owned = self._owned(ids, "release")
         if owned.size == 0:

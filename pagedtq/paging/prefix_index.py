@@ -14,7 +14,10 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import ArgumentError, ArgumentTypeError, IntegrityError
-from .arguments import Bools, Int32, integer
+from .arguments import Bools, Int32, Int64, integer
+
+#: Up to so many pages a loop is faster than NumPy's calls.
+FEW = 16
 
 
 class PrefixObserver(Protocol):
@@ -157,32 +160,41 @@ class PrefixIndex:
     def publish_each(
         self,
         keys: Sequence[bytes],
-        pages: Int32,
-        parents: Sequence[bytes | None],
-        tokens: Int32,
+        pages: Int32 | Int64,
+        parents: Sequence[bytes | None] = (),
+        tokens: Int32 | None = None,
+        *,
+        fresh: bool = False,
     ) -> None:
-        """Let pages hold one block each of several sequences, ``tokens`` int32[n, P].
+        """Let pages hold one block each of several sequences.
 
-        Pages that hold a block already (a fork published it) are skipped. Nothing is checked;
-        ``parents`` are needed only with an observer.
+        Pages that hold a block already (a fork published it) are skipped, unless the caller knows
+        that all are ``fresh``: none does, and none is given twice. Nothing is checked; ``parents``
+        and ``tokens`` (int32[n, P]) are needed only with an observer.
         """
         observer, by_page = self.observer, self._keys
         listed = pages.tolist()
-        # The common case: none is there already, nor given twice.
-        fresh = not np.count_nonzero(self._held[pages]) and len(set(listed)) == len(listed)
-        if fresh and observer is None:
+        if observer is None and not fresh:
+            fresh = not np.count_nonzero(self._held[pages]) and len(set(listed)) == len(listed)
+        if observer is None and fresh:
             self._enter_many(keys, listed)
             return
         for at, (key, page) in enumerate(zip(keys, listed, strict=True)):
             if by_page[page] is None:
                 self._enter_one(key, page)
                 if observer is not None:
-                    observer.stored([key], parents[at], tokens[at])
+                    observer.stored([key], parents[at], None if tokens is None else tokens[at])
         self._held[pages] = True
 
     def forget(self, pages: Int32) -> None:
         """Let pages hold nothing; those that hold nothing already are skipped."""
         if not self._num_held:
+            return
+        if pages.size <= FEW:
+            flags = self._flags
+            some = [page for page in pages.tolist() if flags[page]]
+            if some:
+                self.forget_held(np.array(some, np.int32))
             return
         # Counting costs a fraction of picking, and mostly there is nothing to pick.
         held = self._held[pages]
@@ -260,15 +272,17 @@ class PrefixIndex:
 
     def _enter_many(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
         # `_enter_one` for each, with what it looks up looked up once.
-        enter, copies = self._first.setdefault, self._copies
         by_page, held = self._keys, self._flags
         for key, page in zip(keys, pages, strict=True):
             by_page[page] = key
             held[page] = True
-            first = enter(key, page)
-            if first != page:
-                copies.setdefault(key, {first: None})[page] = None
         self._num_held += len(keys)
+        firsts = list(map(self._first.setdefault, keys, pages))
+        if firsts == pages:
+            return
+        for key, page, first in zip(keys, pages, firsts, strict=True):
+            if first != page:
+                self._copies.setdefault(key, {first: None})[page] = None
 
     def _enter_one(self, key: bytes, page: int) -> None:
         """Enter a key; the caller marks the page as held."""

@@ -161,30 +161,34 @@ class PublishedBlocks(SharedPrefixes):
         self._published[rows] = complete
         pages = self._table[rows, done]
         chains = [self._chains[row] for row in rows.tolist()]
+        keys = [chain.keys for chain in chains]
         # One block is due, and its key depends on nothing but its tokens.
         chosen = (complete == done + 1) & (pages > 0)
-        chosen &= np.array([len(chain.keys) for chain in chains]) == done
+        chosen &= np.array([*map(len, keys)]) == done
         for at in [at for at, chain in enumerate(chains) if chain.extras]:
             chosen[at] &= int(done[at]) not in chains[at].extras
         if np.count_nonzero(chosen) == chosen.size:
-            self._publish_next_blocks(chains, pages)
+            self._publish_next_blocks(keys, pages)
             return
-        self._publish_next_blocks(list(compress(chains, chosen.tolist())), pages[chosen])
+        self._publish_next_blocks(list(compress(keys, chosen.tolist())), pages[chosen])
         rows, done, complete = rows[~chosen], done[~chosen], complete[~chosen]
         for row, first, stop in zip(rows.tolist(), done.tolist(), complete.tolist(), strict=True):
             self._publish_blocks(row, first, stop)
 
-    def _publish_next_blocks(self, chains: list[BlockChain], pages: Int32) -> None:
-        """Hash and publish one further block of each sequence, all at once."""
+    def _publish_next_blocks(
+        self, chains: list[list[bytes]], pages: Int32 | Int64, *, fresh: bool = False
+    ) -> None:
+        """Hash and publish one further block of each sequence, all at once; given are their keys.
+
+        No two of them have the same list of keys. ``fresh`` is as in `PrefixIndex.publish_each`.
+        """
         assert self.prefix is not None
-        if not chains:
+        keys = self._hasher.extend(chains, self._page_blocks[pages].tolist())
+        if self.prefix.observer is None:
+            self.prefix.publish_each(keys, pages, fresh=fresh)
             return
-        lists, tokens = [chain.keys for chain in chains], self._page_tokens[pages]
-        keys = self._hasher.extend(lists, tokens)
-        parents: list[bytes | None] = []
-        if self.prefix.observer is not None:
-            parents = [own[-2] if len(own) > 1 else None for own in lists]
-        self.prefix.publish_each(keys, pages, parents, tokens)
+        parents = [own[-2] if len(own) > 1 else None for own in chains]
+        self.prefix.publish_each(keys, pages, parents, self._page_tokens[pages])
 
     def _publish_blocks(self, row: int, first: int, stop: int, tokens: Int32 | None = None) -> None:
         """Publish blocks ``[first, stop)`` of one row; extend its chain of keys as needed."""
@@ -192,6 +196,13 @@ class PublishedBlocks(SharedPrefixes):
             return
         chain = self._chains[row]
         have = len(chain.keys)
+        if chain.opaque and stop == first + 1 <= have:
+            # One block with a name, as decoding request by request fills them.
+            page = self._table.item(row, first)
+            if page and not self.prefix.holds(page):
+                parent = chain.keys[first - 1] if first else None
+                self.prefix.enter(chain.keys[first:stop], (page,), parent, tokens)
+            return
         pages = self._table[row, first:stop]
         if have < stop:
             unnamed = self._table[row, have:stop]

@@ -97,12 +97,12 @@ class RetainedQueue(FreeQueue):
         self.push(ids)
         return True
 
-    def push_sole(self, ids: list[int], owners: memoryview, first: int) -> bool:
+    def push_sole(self, ids: Int32, owners: memoryview, first: int) -> bool:
         """Append a few ids that lose their only owner; see `FreeQueue.push_sole`."""
         # Ids that join a band take the longer way; so do ids that are none.
-        if ids and not (first <= min(ids) and max(ids) < self.priority.size):
+        if ids.size and not first <= ids.min() <= ids.max() < self.priority.size:
             return False
-        if self._banded(np.array(ids, np.int32)).any():
+        if self._banded(ids).any():
             return False
         return super().push_sole(ids, owners, first)
 

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from ..errors import ArgumentError, ArgumentTypeError
 from .arguments import Int32, Int64, integer
-from .block_keys import BlockHasher, HashName, extras_of, token_array
+from .block_keys import RAW_TOKENS, BlockHasher, HashName, extras_of, token_array
 from .exclusive import exclusive
 from .prefix_index import PrefixIndex
 from .swap_plan import HostPool, SwappedRow, SwapPlan
@@ -111,7 +111,9 @@ class SharedPrefixes(TableViews):
         self.prefix = None if sharing is None else PrefixIndex(num_pages)
         self._hasher = BlockHasher(page_size, sharing.algorithm if sharing else "sha256")
         # Token ids of each page; only rows of pages whose tokens are known mean anything.
-        self._page_tokens = np.zeros((num_pages if sharing else 0, page_size), np.int32)
+        self._page_tokens = np.zeros((num_pages if sharing else 0, page_size), RAW_TOKENS)
+        # The same memory, a page at a time: an element's Python object is the bytes to be hashed.
+        self._page_blocks = self._page_tokens.reshape(-1).view((np.void, 4 * page_size))
         self.host = HostPool(num_host_pages)
         self._twins = Twins(num_pages, num_host_pages + 1)
         # Token ids of each page of the host, as of those of the device.

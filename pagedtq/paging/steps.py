@@ -6,14 +6,15 @@ import numpy as np
 
 from ..errors import OutOfPages, OutOfWindowSlots, StepError
 from .arguments import Bools, Int32, Int64, Integers, ranges, token_counts
+from .decode_runs import DecodeRuns
 from .exclusive import calls_met, exclusive
-from .published_blocks import NO_MEMBERS, PublishedBlocks
+from .published_blocks import NO_MEMBERS
 from .sequence_rows import LEAVING
 from .shared_prefixes import Tokens
 from .step_plan import NO_COPIES, PageCopies, SequenceState, StepPlan
 
 
-class Steps(PublishedBlocks):
+class Steps(DecodeRuns):
     """Appending to a batch of sequences; at most one step is open at a time."""
 
     _step: StepPlan | None = None
@@ -75,6 +76,9 @@ class Steps(PublishedBlocks):
     ) -> StepPlan:
         self._refuse_open_step("reserve")
         rows = self._resident_rows(seq_ids, "append to")
+        self._step = self._run_step(rows, num_new_tokens, token_ids)
+        if self._step is not None:
+            return self._step
         num_new = token_counts("num_new_tokens", num_new_tokens, rows.size)
         if num_new is num_new_tokens:
             # The plan must not change with the caller's array.
@@ -142,6 +146,7 @@ class Steps(PublishedBlocks):
             self._coded[rows] = new.coded
             self._ring_start[rows] = new.ring_start
             self._sinks[rows] = new.num_sinks
+        self._note_decoded(rows, num_new)
         self._step = StepPlan(
             self,
             self._ids[rows],
@@ -196,7 +201,11 @@ class Steps(PublishedBlocks):
             if publish_to is not None:
                 upto = token_counts("publish_to", publish_to, plan.rows.size)
             self._end_step(plan, "commit")
-            self._publish(plan.rows, upto)
+            if upto is not None:
+                # A run knows no drafts.
+                self._run = None
+            if not self._publish_run():
+                self._publish(plan.rows, upto)
         finally:
             self._turn.append(None)
 

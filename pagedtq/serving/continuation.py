@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from ..paging.arguments import Bools, Int32, Int64, integers
 from ..paging.block_keys import token_array
 from ..paging.shared_prefixes import Tokens
 from .generation import FinishedRequest, ScheduledStep
-from .intake import NO_TOKENS, Intake
+from .intake import Intake
 from .jobs import Prefill
+from .state import NO_TOKENS
 
 
 class Continuation(Intake):
@@ -47,7 +49,36 @@ class Continuation(Intake):
                 )
         return chosen
 
-    def _continue_beams(self, parents: Int64) -> None:
+    def _prepare(self, step: ScheduledStep, parents: Int64 | None) -> list[int]:
+        """Do what may fail at the end of a step: find memory, and make its forks, all or none.
+
+        Returns
+        -------
+        list of int
+            The forks, in the order in which they are used.
+        """
+        sources: list[int] = []
+        if parents is not None:
+            seqs, own = self._batch.seqs, parents[: step.num_decoding]
+            sources += [int(seqs[own[at]]) for at in _later(own)]
+        ended = [p for p, count in self._chunks if p.done + count == p.entry.target]
+        sources += [p.seq_id for p in ended for _ in range(p.entry.width - 1)]
+        begun = sum(p.entry.width for p in ended)
+        self._batch.reserve(begun + self.num_held)
+        if self._track_tokens:
+            generated = int(self._batch.generated.max(initial=0))
+            generated = max([generated, *(p.entry.generated for p in ended)])
+            self._token_rows.reserve(begun, generated + 1)
+        forks: list[int] = []
+        try:
+            for seq_id in sources:
+                forks.append(self._cache.fork(seq_id))
+        except BaseException:
+            self._closing += forks
+            raise
+        return forks
+
+    def _continue_beams(self, parents: Int64, forks: Iterator[int]) -> None:
         """Let each sequence go on from its parent: keep, fork and close as needed."""
         batch = self._batch
         moved = np.flatnonzero(parents != np.arange(parents.size))
@@ -56,24 +87,25 @@ class Continuation(Intake):
         seqs = batch.seqs.copy()
         taken = np.zeros(parents.size, np.bool_)
         taken[parents] = True
-        self._cache.close(seqs[~taken])
+        self._closing += seqs[~taken].tolist()
         # The first child goes on in its parent's sequence, the others in forks of it.
         _, first = np.unique(parents, return_index=True)
         batch.seqs[first] = seqs[parents[first]]
-        later = np.ones(parents.size, np.bool_)
-        later[first] = False
-        for at in np.flatnonzero(later).tolist():
-            batch.seqs[at] = self._cache.fork(int(seqs[parents[at]]))
-        self._token_rows.copy(batch.token_rows[parents[moved]], batch.token_rows[moved])
+        for at in _later(parents):
+            batch.seqs[at] = next(forks)
+        if self._track_tokens:
+            self._token_rows.copy(batch.token_rows[parents[moved]], batch.token_rows[moved])
         self._forked = True
 
-    def _start_decoding(self, prefill: Prefill, sampled: Int32 | None) -> None:
+    def _start_decoding(
+        self, prefill: Prefill, sampled: Int32 | None, forks: Iterator[int]
+    ) -> None:
         """Let a prompt that is done decode, once per completion."""
         entry, job = prefill.entry, prefill.entry.job
         generated = entry.generated + 1
         left = job.request.max_tokens - generated
         for at in range(entry.width):
-            seq_id = self._cache.fork(prefill.seq_id) if at else prefill.seq_id
+            seq_id = next(forks) if at else prefill.seq_id
             track, row, last = max(entry.track, 0) + at, -1, 0
             if sampled is not None:
                 row, last = self._token_rows.take(), int(sampled[at])
@@ -87,9 +119,11 @@ class Continuation(Intake):
         """Close sequences that are complete, of the batch from ``begin`` on."""
         batch = self._batch
         ended: Bools = batch.left == 0
-        ended[:begin] = False
-        stopped = self._stopped(begin)
-        ended[stopped] = True
+        if begin:
+            ended[:begin] = False
+        stopped = self._stopped(begin) if self._stop_tokens.size else []
+        if stopped:
+            ended[stopped] = True
         if not ended.any():
             return []
         finished = []
@@ -102,9 +136,8 @@ class Continuation(Intake):
 
     def _stopped(self, begin: int) -> list[int]:
         """Return the sequences whose last token ends them."""
-        if not self._stop_tokens.size:
-            return []
-        batch, stopped = self._batch, []
+        stopped: list[int] = []
+        batch = self._batch
         last, stops = batch.last[begin:], self._stop_tokens
         # One stop token is the common case, and `isin` costs several comparisons.
         hits = last == stops[0] if stops.size == 1 else np.isin(last, stops)
@@ -114,3 +147,10 @@ class Continuation(Intake):
             if enough and int(batch.last[begin + at]) in request.stop_token_ids:
                 stopped.append(begin + at)
         return stopped
+
+
+def _later(parents: Int64) -> list[int]:
+    """Return the children that are not the first of their parent."""
+    later = np.ones(parents.size, np.bool_)
+    later[np.unique(parents, return_index=True)[1]] = False
+    return np.flatnonzero(later).tolist()

@@ -49,10 +49,14 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     def __post_init__(self) -> None:
         for field in ("step_tokens", "max_running"):
-            if getattr(self, field) < 1:
-                raise ConfigError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if not 0 <= self.watermark < 1:
-            raise ConfigError(f"watermark must be in [0, 1), got {self.watermark}")
+            value = getattr(self, field)
+            if type(value) is not int:
+                raise ConfigError(f"{field} must be an integer, got {value!r}")
+            if value < 1:
+                raise ConfigError(f"{field} must be at least 1, got {value}")
+        share = self.watermark
+        if type(share) not in (int, float) or not 0 <= share < 1:
+            raise ConfigError(f"watermark must be in [0, 1), got {share!r}")
         for field, known in (
             ("admission", ("prompt", "chunk", "whole")),
             ("policy", ("fcfs", "priority")),
@@ -219,7 +223,7 @@ class ScheduledStep(msgspec.Struct, frozen=True, gc=False):
         Decode steps taken as one; 1 unless asked for more.
     swaps : list of SwapPlan
         Copies between device and host to make before anything is computed, in this order. Empty
-        for a cache, which makes them itself.
+        for a cache, which makes them itself, and if copies overlap steps.
     """
 
     plan: StepPlan
@@ -265,6 +269,8 @@ class SchedulerStats(msgspec.Struct):
         Sequences preempted.
     swapped : int
         Those of them that went to the host.
+    swapped_out_pages, swapped_in_pages : int
+        Pages copied to the host and back, without those whose bytes were there.
     """
 
     admitted: int = 0
@@ -272,6 +278,8 @@ class SchedulerStats(msgspec.Struct):
     found_tokens: int = 0
     preempted: int = 0
     swapped: int = 0
+    swapped_out_pages: int = 0
+    swapped_in_pages: int = 0
 
     @property
     def hit_rate(self) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ..errors import (
@@ -13,49 +11,24 @@ from ..errors import (
     RequestTooLarge,
     UnknownRequest,
 )
-from ..paging.arguments import MAX_TOKENS, Int32
+from ..paging.arguments import MAX_TOKENS
 from ..paging.block_keys import token_array
-from ..paging.page_tables import PageTables
+from ..paging.exclusive import exclusive
 from .generation import (
     Completion,
     FinishedRequest,
     GenerationRequest,
-    ScheduledStep,
-    SchedulerOptions,
     refuse_number,
 )
 from .jobs import Entry, Job
 from .planning import Planning
-from .preemption import PreemptionCosts
-from .running_batch import FIELDS
-
-if TYPE_CHECKING:
-    from ..cache import PagedKVCache
-
-NO_TOKENS: Int32 = np.empty(0, np.int32)
+from .running_batch import FIELDS, SEQS
 
 
 class Intake(Planning):
     """The requests of a scheduler, from `add` until they leave."""
 
-    def __init__(
-        self,
-        cache: PageTables | PagedKVCache,
-        options: SchedulerOptions | None = None,
-        *,
-        track_tokens: bool = True,
-        costs: PreemptionCosts | None = None,
-        page_bytes: int | None = None,
-    ) -> None:
-        super().__init__(
-            cache, options, track_tokens=track_tokens, costs=costs, page_bytes=page_bytes
-        )
-        self._open: ScheduledStep | None = None
-        self._num_added = 0
-        self._aborting: list[str] = []
-        # Every token that ends some request.
-        self._stop_tokens: Int32 = NO_TOKENS
-
+    @exclusive
     def add(self, request: GenerationRequest) -> None:
         """Take on a request; it waits until it is admitted.
 
@@ -65,7 +38,15 @@ class Intake(Planning):
             If its id is taken, or tokens, salts or keys are bad.
         RequestTooLarge
             If it would not fit even alone.
+        ArgumentTypeError
+            If it is no `GenerationRequest`.
+        ConcurrentCallError
+            If another call is at work in the scheduler.
         """
+        if not isinstance(request, GenerationRequest):
+            raise ArgumentTypeError(
+                f"add expects a GenerationRequest, got {type(request).__name__}"
+            )
         name = request.request_id
         if name in self._numbers:
             raise RequestError(name, "the id is taken by a request that waits or runs; abort it")
@@ -126,16 +107,20 @@ class Intake(Planning):
             raise RequestTooLarge(name, alone, self._usable, "pages", remedy)
         return most
 
+    @exclusive
     def abort(self, request_id: str) -> FinishedRequest | None:
         """Drop a request, wherever it is, and return what it has generated.
 
         While a step is open it is dropped when the step ends: None is returned now, and the request
-        is among those that `update` reports.
+        is among those that `update` reports. Pages that are being copied come back when the copy is
+        done, and `has_work` until then.
 
         Raises
         ------
         UnknownRequest
             If it neither waits nor runs.
+        ConcurrentCallError
+            If another call is at work in the scheduler.
         """
         if request_id not in self._numbers:
             raise UnknownRequest(
@@ -144,7 +129,9 @@ class Intake(Planning):
         if self._open is not None:
             self._aborting.append(request_id)
             return None
-        return self._drop(request_id)
+        dropped = self._drop(request_id)
+        self._try_closing()
+        return dropped
 
     def _drop(self, request_id: str) -> FinishedRequest:
         job = self._jobs[self._numbers[request_id]]
@@ -155,10 +142,16 @@ class Intake(Planning):
             self._release(gone)
         for prefill in [p for p in self._prefills if p.entry.job is job]:
             self._prefills.remove(prefill)
-            self._cache.close([prefill.seq_id])
+            self._closing.append(prefill.seq_id)
             self._drop_entry(prefill.entry)
         for entry in self._waiting.remove(job):
             self._drop_entry(entry)
+            if entry.parked is not None:
+                self._closing += entry.parked.fields[SEQS].tolist()
+        for move in self._moves.values():
+            if move.entry.job is job:
+                self._drop_entry(move.entry)
+                move.dropped = True
         return self._leave(job)
 
     def _drop_entry(self, entry: Entry) -> None:
@@ -170,7 +163,6 @@ class Intake(Planning):
                 strict=True,
             ):
                 self._note_completion(entry.job, track, generated, row, "abort")
-            self._cache.close(batch_fields["seqs"])
             if self._track_tokens:
                 self._token_rows.give_back(batch_fields["token_rows"])
         elif entry.generated:

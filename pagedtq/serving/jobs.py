@@ -1,16 +1,19 @@
-"""Requests inside the scheduler: waiting in order, in prefill, or set aside by a preemption."""
+"""Requests inside the scheduler: waiting in order, in prefill, on the host or on the way."""
 
 from __future__ import annotations
 
 import heapq
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from ..paging.arguments import Int32, Int64
 from ..paging.shared_prefixes import BlockChain
+from ..paging.swap_plan import SwapPlan
 from .generation import Completion, FinishedRequest, GenerationRequest
 
 #: Where a sequence stands among others: priority, number of its request, track. Lower goes first.
-Place = tuple[int, int, int]
+Place: TypeAlias = tuple[int, int, int]
+#: How the copy of a swap ended; "cancelled" before it began, "dropped" with its request.
+Outcome: TypeAlias = Literal["done", "failed", "cancelled", "dropped"]
 
 
 class Job:
@@ -164,12 +167,39 @@ class Prefill:
         Sequence of the page tables.
     done : int
         Tokens computed or found.
+    begun : bool
+        Whether some were computed: then it has its window slot.
     """
 
-    __slots__ = ("done", "entry", "seq_id")
+    __slots__ = ("begun", "done", "entry", "seq_id")
 
     def __init__(self, entry: Entry, seq_id: int, done: int) -> None:
         self.entry, self.seq_id, self.done = entry, seq_id, done
+        self.begun = False
+
+
+class Move:
+    """Sequences whose bytes are under way between device and host.
+
+    Attributes
+    ----------
+    plan : SwapPlan
+        What is copied.
+    entry : Entry
+        What waits when they are on the host, or has waited for them to come back.
+    parked : Parked
+        What it holds.
+    num_coming : int
+        Pages of the device that are free when it ends.
+    dropped : bool
+        Whether their request has left meanwhile.
+    """
+
+    __slots__ = ("dropped", "entry", "num_coming", "parked", "plan")
+
+    def __init__(self, plan: SwapPlan, entry: Entry, parked: Parked, num_coming: int) -> None:
+        self.plan, self.entry, self.parked, self.num_coming = plan, entry, parked, num_coming
+        self.dropped = False
 
 
 class WaitingQueue:

@@ -9,19 +9,23 @@ call that does not fit changes nothing.
 
 Without a data plane there is no later moment at which bytes are known to be written, so blocks are
 published inside `allocate_slots`; ``delay_cache_blocks`` and `cache_blocks` part the two.
+
+A call that changes something has the turn of the tables from its beginning to its end, and gets a
+``ConcurrentCallError`` if another one has it, of the manager or of the tables; nothing has changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
 
 from ..cache.reports import CacheCounters, CacheStats, cache_counters, cache_stats
-from ..errors import ArgumentError, OutOfPages
+from ..errors import ArgumentError, OutOfPages, StepError
 from ..paging import PageTables, SharingOptions
 from ..paging.arguments import integer
+from ..paging.exclusive import calls_met, exclusive, unguarded
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog
 from .request import (
     NOTHING_DUE,
@@ -109,6 +113,11 @@ class BlockManager:
         if enable_events and tables.prefix is not None:
             self._log = tables.prefix.observer = EventLog(block_size)
         self._holdings: dict[str, Holding] = {}
+        # The tables' own turn: a request and its sequence change together.
+        self._turn = tables.turn
+        self._open_on, self._close = unguarded(tables.open_on), unguarded(tables.close)
+        self._lengthen = unguarded(tables.lengthen)
+        self._publish_keys = unguarded(tables.publish_keys)
 
     # -- looking -----------------------------------------------------------------------------
 
@@ -153,6 +162,7 @@ class BlockManager:
         """Count what happened so far; lookups are those of requests that were admitted."""
         return cache_counters(self.tables)
 
+    @exclusive
     def make_prefix_cache_stats(self) -> PrefixCacheStats | None:
         """Return the lookups since the last call; None if they are not counted."""
         if self._stats is None:
@@ -160,10 +170,12 @@ class BlockManager:
         stats, self._stats = self._stats, PrefixCacheStats()
         return stats
 
+    @exclusive
     def take_events(self) -> list[BlockStored | BlockRemoved | AllBlocksCleared]:
         """Return the events since the last call."""
         return [] if self._log is None else self._log.take()
 
+    @exclusive
     def get_computed_blocks(self, request: Request) -> tuple[Blocks, int]:
         """Return the blocks of a request that are here, and how many tokens they hold.
 
@@ -232,84 +244,119 @@ class BlockManager:
         ------
         ArgumentError
             If there is nothing to make room for, or blocks are given to a request that has some.
+        ConcurrentCallError
+            If another call is at work in the tables.
         """
-        name, new = request.request_id, num_new_tokens
-        if type(new) is not int or new < 0:
-            new = checked_count(name, "num_new_tokens", new)
-        found = lookahead = external = reserved = 0
-        # A decode step has none of them.
-        if (
-            num_new_computed_tokens
-            or num_lookahead_tokens
-            or num_external_computed_tokens
-            or reserved_blocks
-        ):
-            found = checked_count(name, "num_new_computed_tokens", num_new_computed_tokens)
-            lookahead = checked_count(name, "num_lookahead_tokens", num_lookahead_tokens)
-            external = checked_count(
-                name, "num_external_computed_tokens", num_external_computed_tokens
-            )
-            reserved = checked_count(name, "reserved_blocks", reserved_blocks)
-        if new + external == 0:
-            raise ArgumentError(
-                f"request {name}: no token to allocate slots for, expected num_new_tokens or "
-                "num_external_computed_tokens >= 1"
-            )
-        size, tables = self.block_size, self.tables
-        pages = () if new_computed_blocks is None else new_computed_blocks.page_ids
-        if (found or pages) and found != len(pages) * size:
-            raise ArgumentError(
-                f"request {name}: {found} computed tokens were given with {len(pages)} blocks of "
-                f"{size} tokens; pass what get_computed_blocks returned"
-            )
-        holding = self._holdings.get(name)
-        if pages and holding is not None:
-            raise ArgumentError(
-                f"request {name} holds blocks already; pass computed blocks with its first tokens "
-                "only, or free it before"
-            )
-        computed = request.num_computed_tokens + found + external
-        target = whole = computed + new + lookahead
-        if full_sequence_must_fit:
-            whole = max(target, request.num_tokens)
-        if self.max_model_len is not None:
-            target, whole = min(target, self.max_model_len), min(whole, self.max_model_len)
-        # Most steps complete no block, so look before anything else is asked of the request. What
-        # is wrong with its blocks must be known before anything is taken.
-        done = len(pages) if holding is None else holding.num_published
-        due = NOTHING_DUE
-        if self.enable_caching and not delay_cache_blocks and (computed + new) // size > done:
-            # Drafts are not among the request's tokens yet.
-            due = self._due(request, done, min(computed + new, request.num_tokens))
-        if holding is None:
-            need = max(-(-whole // size) - len(pages), 0)
-            if pages:
-                # Pages that do not exist are refused when they are opened, with the others.
-                need += tables.pool.num_leaving([p for p in pages if 0 < p < tables.pool.num_pages])
-            if has_scheduled_reqs:
-                need += self.watermark_blocks
-            if need > tables.pool.num_free - reserved:
-                return None
-            keys = request.block_hashes[: len(pages)]
-            try:
-                seq_id = tables.open_on(keys, pages, request.num_tokens)
-            except ArgumentError as error:
-                raise ArgumentError(
-                    f"request {name}: {error}; look its blocks up again before it is admitted"
-                ) from error
-            holding = self._holdings[name] = Holding(seq_id, len(pages))
-        elif whole > target:
-            need = -(-whole // size) - -(-tables.length_of(holding.seq_id) // size)
-            if need > tables.pool.num_free - reserved:
-                return None
+        # As `exclusive`, without the price of passing arguments on.
         try:
-            taken = tables.lengthen(holding.seq_id, target, reserved)
-        except OutOfPages:
+            self._turn.pop()
+        except IndexError:
+            raise calls_met("allocate_slots") from None
+        try:
+            name, new = request.request_id, num_new_tokens
+            if type(new) is not int or new < 0:
+                new = checked_count(name, "num_new_tokens", new)
+            found = lookahead = external = reserved = 0
+            # A decode step has none of them.
+            if (
+                num_new_computed_tokens
+                or num_lookahead_tokens
+                or num_external_computed_tokens
+                or reserved_blocks
+            ):
+                found = checked_count(name, "num_new_computed_tokens", num_new_computed_tokens)
+                lookahead = checked_count(name, "num_lookahead_tokens", num_lookahead_tokens)
+                external = checked_count(
+                    name, "num_external_computed_tokens", num_external_computed_tokens
+                )
+                reserved = checked_count(name, "reserved_blocks", reserved_blocks)
+            if new + external == 0:
+                raise ArgumentError(
+                    f"request {name}: no token to allocate slots for, expected num_new_tokens or "
+                    "num_external_computed_tokens >= 1"
+                )
+            size, tables = self.block_size, self.tables
+            pages = () if new_computed_blocks is None else new_computed_blocks.page_ids
+            if (found or pages) and found != len(pages) * size:
+                raise ArgumentError(
+                    f"request {name}: {found} computed tokens were given with {len(pages)} blocks "
+                    f"of {size} tokens; pass what get_computed_blocks returned"
+                )
+            holding = self._holdings.get(name)
+            if pages and holding is not None:
+                raise ArgumentError(
+                    f"request {name} holds blocks already; pass computed blocks with its first "
+                    "tokens only, or free it before"
+                )
+            computed = request.num_computed_tokens + found + external
+            target = whole = computed + new + lookahead
+            if full_sequence_must_fit:
+                whole = max(target, request.num_tokens)
+            if self.max_model_len is not None:
+                target, whole = min(target, self.max_model_len), min(whole, self.max_model_len)
+            # Most steps complete no block, so look before anything else is asked of the request.
+            # What is wrong with its blocks must be known before anything is taken.
+            done = len(pages) if holding is None else holding.num_published
+            due = NOTHING_DUE
+            if self.enable_caching and not delay_cache_blocks and (computed + new) // size > done:
+                # Drafts are not among the request's tokens yet.
+                due = self._due(request, done, min(computed + new, request.num_tokens))
+            if holding is None:
+                beside = self.watermark_blocks if has_scheduled_reqs else 0
+                return self._admit(request, pages, whole, target, reserved, beside, due)
+            if whole > target:
+                need = -(-whole // size) - -(-tables.length_of(holding.seq_id) // size)
+                if need > tables.pool.num_free - reserved:
+                    return None
+            try:
+                taken = self._lengthen(holding.seq_id, target, reserved)
+            except OutOfPages:
+                return None
+            if due[0]:
+                self._publish(holding, due)
+            return Blocks(taken) if taken else NO_BLOCKS
+        finally:
+            self._turn.append(None)
+
+    def _admit(
+        self,
+        request: Request,
+        pages: Sequence[int],
+        whole: int,
+        target: int,
+        reserved: int,
+        watermark: int,
+        due: Due,
+    ) -> Blocks | None:
+        """Make room for a request that holds nothing: on the pages found, and new ones."""
+        name, tables = request.request_id, self.tables
+        need = max(-(-whole // self.block_size) - len(pages), 0) + watermark
+        if pages:
+            # Pages that do not exist are refused when they are opened, with the others.
+            need += tables.pool.num_leaving([p for p in pages if 0 < p < tables.pool.num_pages])
+        if need > tables.pool.num_free - reserved:
             return None
-        if due[0]:
-            self._publish(holding, due)
+        if tables.has_open_step:
+            raise StepError(
+                f"request {name}: allocate_slots must wait: a step is open, commit or abort it"
+            )
+        try:
+            keys = request.block_hashes[: len(pages)]
+            seq_id = self._open_on(keys, pages, request.num_tokens)
+        except ArgumentError as error:
+            raise ArgumentError(
+                f"request {name}: {error}; look its blocks up again before it is admitted"
+            ) from error
+        try:
+            taken = self._lengthen(seq_id, target, reserved)
+        except BaseException:
+            self._close(seq_id)
+            raise
+        holding = self._holdings[name] = Holding(seq_id, len(pages))
+        self._publish(holding, due)
         return Blocks(taken) if taken else NO_BLOCKS
 
+    @exclusive
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """Publish the whole blocks among the first so many tokens of a request."""
         holding = self._holdings.get(request.request_id)
@@ -319,11 +366,14 @@ class BlockManager:
 
     # -- giving back -------------------------------------------------------------------------
 
+    @exclusive
     def free(self, request: Request) -> None:
         """Take all pages from a request, the last block's first; fine if it holds nothing."""
-        holding = self._holdings.pop(request.request_id, None)
+        holding = self._holdings.get(request.request_id)
         if holding is not None:
-            self.tables.close(holding.seq_id)
+            # Refused while a step is open: then the request keeps what it has.
+            self._close(holding.seq_id)
+            del self._holdings[request.request_id]
 
     def evict_blocks(self, block_ids: Iterable[int]) -> None:
         """Let pages be found no longer; their owners keep them."""
@@ -340,5 +390,5 @@ class BlockManager:
     def _publish(self, holding: Holding, due: Due) -> None:
         keys, tokens = due
         if keys:
-            self.tables.publish_keys(holding.seq_id, keys, tokens)
+            self._publish_keys(holding.seq_id, keys, tokens)
             holding.num_published += len(keys)

@@ -7,7 +7,9 @@ Rules, each applied to sequences in the order of their *places* (priority, then 
   computed again, whichever costs less;
 * what is left of the step's tokens goes to prompts, one after the other: those that were begun,
   then the head of the queue, if it fits. Nothing overtakes it. A step that preempted admits nobody;
-* a prompt that is stuck for want of a page takes the place of sequences behind it.
+* a prompt that is stuck for want of a page takes the place of sequences behind it;
+* nobody gives way for pages that are on their way (of a swap whose copy overlaps steps, or behind a
+  fence): who needs one sits the step out, the hindmost first, and nobody is admitted meanwhile.
 
 So the foremost sequence always advances: nothing starves and nothing waits for itself.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import OutOfPages, OutOfWindowSlots
-from .jobs import Entry, Parked, Prefill
+from .jobs import Entry, Move, Parked, Prefill
 from .preempting import Preempting
 from .running_batch import SEQS
 
@@ -35,7 +37,7 @@ class Planning(Preempting):
         chunks: list[tuple[Prefill, int]] = []
         while tokens > 0:
             if len(chunks) == len(prefills):
-                entry = self._waiting.head() if admit else None
+                entry = self._head() if admit else None
                 if entry is None:
                     break
                 if entry.parked is not None:
@@ -43,7 +45,9 @@ class Planning(Preempting):
                     if taken is None:
                         break
                     free -= taken
-                    tokens -= entry.width
+                    if self._start_swap is None:
+                        # They are back, and decode in this step.
+                        tokens -= entry.width
                     continue
                 taken = self._admit(entry, tokens, free)
                 if taken is None:
@@ -61,6 +65,32 @@ class Planning(Preempting):
                 break
         return chunks
 
+    def _head(self) -> Entry | None:
+        """Return who is admitted next: the head of the queue, if none before it is leaving."""
+        entry = self._waiting.head()
+        if entry is not None and self._moves:
+            moves = self._moves.values()
+            leaving = [move for move in moves if move.plan.direction == "out" and not move.dropped]
+            if any(move.entry.place < entry.place for move in leaving):
+                return None
+        return entry
+
+    def _lacks_slots(self, width: int) -> bool:
+        """Tell whether sequences find no window slots beside those that run have still to take.
+
+        Sequences of others, and fences, may keep slots from the scheduler.
+        """
+        if not self.tables.window_tokens:
+            return False
+        pending = sum(p.entry.width - p.begun for p in self._prefills)
+        for move in self._moves.values():
+            if move.plan.direction == "in":
+                pending += move.parked.last.size - move.plan.window_slots.size
+        if self._forked:
+            slots = self.tables.window_slots(self._batch.seqs)
+            pending += slots.size - np.unique(slots[slots >= 0]).size
+        return width > self.tables.windows.num_free - pending
+
     def _admit(self, entry: Entry, tokens: int, free: int) -> int | None:
         """Begin the head of the queue if it fits; return how many free pages it found."""
         running, width, job = self.num_running, entry.width, entry.job
@@ -73,17 +103,19 @@ class Planning(Preempting):
         found = len(pages) * self._size
         must_fit = min(entry.target, found + tokens) if admission == "chunk" else entry.target
         # Pages that were found without an owner leave the free queue as well.
-        revived = 0
-        if pages:
-            revived = int(np.count_nonzero(self.tables.pool.ref_counts[pages] == 0))
+        revived = self.tables.pool.num_leaving(pages) if pages else 0
         need = -(-must_fit // self._size) - len(pages) + revived
         if running:
             # The open page is copied for all forks but one.
             need += self._watermark + width - 1
         if need > free:
             return None
-        self._waiting.pop()
+        if self._lacks_slots(width):
+            return None
         seq_id = self._cache.open(entry.chain)
+        # Others may have changed since what can be found.
+        found = self.tables.length_of(seq_id)
+        self._waiting.pop()
         self._prefills.append(Prefill(entry, seq_id, found))
         if job.num_found < 0:
             job.num_found = found
@@ -106,7 +138,7 @@ class Planning(Preempting):
             return None
         spare = free - parked.num_next - (self._watermark if running else 0)
         # Pages that are on the device still need not be taken, but to know that costs a try.
-        if running and parked.num_pages > spare:
+        if (running and parked.num_pages > spare) or self._lacks_slots(width):
             return None
         before = self.tables.pool.num_free
         try:
@@ -115,12 +147,10 @@ class Planning(Preempting):
             # Others hold them.
             return None
         taken = before - self.tables.pool.num_free
-        if taken > spare:
-            self._cache.abort_swap(plan)
-            return None
-        self._move(plan)
         self._waiting.pop()
-        for fields, last in zip(parked.fields.T.tolist(), parked.last.tolist(), strict=True):
-            self._batch.push(tuple(fields), last)
-        self._forked |= width > 1
+        move = Move(plan, entry, parked, 0)
+        if taken > spare:
+            self._cancel(move)
+            return None
+        self._start(move)
         return taken + parked.num_next

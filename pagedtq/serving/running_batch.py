@@ -20,27 +20,25 @@ class TokenRows:
 
     def take(self) -> int:
         """Return a row that nobody uses."""
-        if not self._free:
-            old, width = self._tokens.shape
-            grown = np.zeros((max(16, 2 * old), width), np.int32)
-            grown[:old] = self._tokens
-            self._tokens = grown
-            self._free = list(range(len(grown) - 1, old - 1, -1))
+        self.reserve(1)
         return self._free.pop()
+
+    def reserve(self, count: int, width: int = 0) -> None:
+        """Have so many rows that nobody uses, and room for so many tokens in each."""
+        while len(self._free) < count:
+            self._grow()
+        self._widen(width)
 
     def give_back(self, rows: Int64) -> None:
         """Let others use rows."""
         self._free.extend(rows.tolist())
 
     def write(self, rows: Int64, places: Int64, tokens: Int32) -> None:
-        """Write one token into each row."""
-        if places.size and int(places.max()) >= self._tokens.shape[1]:
-            self._widen(int(places.max()) + 1)
+        """Write one token into each row, where there is room for it."""
         self._tokens[rows, places] = tokens
 
     def begin(self, row: int, tokens: Int32) -> None:
-        """Write the first tokens of a row."""
-        self._widen(tokens.size)
+        """Write the first tokens of a row, where there is room for them."""
         self._tokens[row, : tokens.size] = tokens
 
     def read(self, row: int, count: int) -> Int32:
@@ -51,6 +49,13 @@ class TokenRows:
         """Overwrite rows with others, all at once."""
         self._tokens[targets] = self._tokens[sources]
 
+    def _grow(self) -> None:
+        old, width = self._tokens.shape
+        grown = np.zeros((max(16, 2 * old), width), np.int32)
+        grown[:old] = self._tokens
+        self._tokens = grown
+        self._free[:0] = range(len(grown) - 1, old - 1, -1)
+
     def _widen(self, width: int) -> None:
         rows, old = self._tokens.shape
         if width > old:
@@ -60,7 +65,7 @@ class TokenRows:
 
 
 class RunningBatch:
-    """Sequences that decode, in the order in which they began.
+    """Sequences that decode, in the order in which they began or came back.
 
     Attributes
     ----------
@@ -99,14 +104,28 @@ class RunningBatch:
 
     def push(self, fields: tuple[int, ...], last: int) -> None:
         """Add a sequence; ``fields`` in the order of ``FIELDS``."""
-        capacity = self._last.size
-        if self.size == capacity:
-            self._fields = np.pad(self._fields, ((0, 0), (0, capacity)))
-            self._last = np.pad(self._last, (0, capacity))
+        self.reserve(1)
         self._fields[:, self.size] = fields
         self._last[self.size] = last
         self.size += 1
         self._view()
+
+    def extend(self, fields: Int64, last: Int32) -> None:
+        """Add sequences as `take_out` returned them."""
+        self.reserve(last.size)
+        at = slice(self.size, self.size + last.size)
+        self._fields[:, at], self._last[at] = fields, last
+        self.size += last.size
+        self._view()
+
+    def reserve(self, count: int) -> None:
+        """Have room for so many more."""
+        more = self.size + count - self._last.size
+        if more > 0:
+            more = max(more, self._last.size)
+            fields = np.pad(self._fields, ((0, 0), (0, more)))
+            self._fields, self._last = fields, np.pad(self._last, (0, more))
+            self._view()
 
     def remove(self, gone: Bools) -> None:
         """Remove the marked sequences; the others keep their order."""
@@ -118,9 +137,13 @@ class RunningBatch:
 
     def take_out(self, chosen: Bools) -> tuple[Int64, Int32]:
         """Remove the marked sequences; return their fields and their last tokens."""
-        fields, last = self._fields[:, : self.size][:, chosen], self.last[chosen]
+        fields, last = self.fields_of(chosen), self.last[chosen]
         self.remove(chosen)
         return fields, last
+
+    def fields_of(self, chosen: Bools) -> Int64:
+        """Return the fields of the marked sequences, ``int64[fields, n]``."""
+        return self._fields[:, : self.size][:, chosen]
 
     def advance(self, steps: int) -> None:
         """Store and sample tokens in every sequence."""
@@ -145,7 +168,8 @@ class RunningBatch:
         ``page_size``-th step after that.
         """
         crossings = np.bincount(-self.length % self._page_size, minlength=self._page_size)
-        return np.cumsum(np.resize(crossings, steps))
+        taken: Int64 = crossings.take(np.arange(steps), mode="wrap").cumsum()
+        return taken
 
     def _view(self) -> None:
         (

@@ -37,6 +37,8 @@ def simulate_format(
     page_size: int = 64,
     hardware: Hardware | None = None,
     options: SchedulerOptions | None = None,
+    host_bytes: int | None = None,
+    overlap_swaps: bool = True,
     fast_forward: bool = True,
     progress: Progress = silent,
 ) -> FormatReport:
@@ -54,12 +56,29 @@ def simulate_format(
         byte_share=storage.byte_share,
     )
     cost = CostModel(model, config, hardware or Hardware(), storage.byte_share)
+    host_pages = host_memory(options, budget_bytes, host_bytes) // capacity.page_bytes
     start = time.perf_counter()
-    simulator = Simulator(workload, config, capacity, cost, options, fast_forward=fast_forward)
+    simulator = Simulator(
+        workload,
+        config,
+        capacity,
+        cost,
+        options,
+        num_host_pages=host_pages,
+        overlap_swaps=overlap_swaps,
+        fast_forward=fast_forward,
+    )
     with progress(storage.name, len(workload)) as update:
         outcome = simulator.run(update)
     wall = time.perf_counter() - start
-    return summarise_format(storage, config, capacity, cost, workload, outcome, wall)
+    return summarise_format(storage, config, capacity, cost, workload, outcome, host_pages, wall)
+
+
+def host_memory(options: SchedulerOptions, budget_bytes: int, host_bytes: int | None) -> int:
+    """Return the memory of the host for swaps: as given, or as much as the device's, if any."""
+    if options.preemption == "recompute":
+        return 0
+    return budget_bytes if host_bytes is None else host_bytes
 
 
 def simulate_formats(
@@ -71,6 +90,8 @@ def simulate_formats(
     page_size: int = 64,
     hardware: Hardware | None = None,
     options: SchedulerOptions | None = None,
+    host_bytes: int | None = None,
+    overlap_swaps: bool = True,
     fast_forward: bool = True,
     progress: Progress = silent,
 ) -> SimulationReport:
@@ -92,6 +113,11 @@ def simulate_formats(
         Constants of the cost model.
     options : SchedulerOptions, optional
         How steps are put together.
+    host_bytes : int, optional
+        Memory of the host for sequences that are swapped; ``budget_bytes`` if not given, none if
+        preemption recomputes.
+    overlap_swaps : bool
+        Let copies of swaps run while other sequences step; else every step waits for its copies.
     fast_forward : bool
         Take runs of decode steps at once; never changes a result.
     progress : callable, optional
@@ -113,9 +139,21 @@ def simulate_formats(
             page_size=page_size,
             hardware=hardware,
             options=options,
+            host_bytes=host_bytes,
+            overlap_swaps=overlap_swaps,
             fast_forward=fast_forward,
             progress=progress,
         )
         for storage in formats
     ]
-    return build_report(workload, model, hardware, options, budget_bytes, page_size, reports)
+    return build_report(
+        workload,
+        model,
+        hardware,
+        options,
+        budget_bytes,
+        host_memory(options, budget_bytes, host_bytes),
+        overlap_swaps,
+        page_size,
+        reports,
+    )

@@ -11,6 +11,9 @@ flops           two per weight and processed token, and four per attended token,
                 channel (``q . k`` and ``p * v``)
 ==============  ===================================================================================
 
+A swap costs its bytes over the link to the host, ``bytes / link_bandwidth`` each way; see
+`host_link` for what of it steps wait for.
+
 It is a roofline: data movement and arithmetic overlap perfectly, every format's kernels reach the
 same share of the bandwidth, and decoding the codes costs no time of its own. It bounds what a
 format can gain from moving and holding fewer bytes; it predicts no kernel.
@@ -25,6 +28,7 @@ from ..config import CacheConfig
 from ..errors import ConfigError
 from ..models import ModelShape
 from ..paging.layout import PageLayout
+from ..serving.preemption import PreemptionCosts
 from .workload import Float64, Int64
 
 
@@ -46,6 +50,9 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         bfloat16 (NVIDIA H200 datasheet, without sparsity), what large matrix products reach.
     step_overhead : float
         Seconds of every step that are neither: launches, scheduling, sampling.
+    link_bandwidth : float
+        Bytes per second between device and host, each way. Default: 50 GB/s. PCIe 5.0 x16 carries
+        64 GB/s a way; nvbandwidth's users report 52.8 GB/s from H100s to the host (its issue 24).
     """
 
     name: str = "H200"
@@ -53,9 +60,10 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     efficiency: float = 0.9
     flops: float = 0.7 * 989e12
     step_overhead: float = 1e-3
+    link_bandwidth: float = 50e9
 
     def __post_init__(self) -> None:
-        for field in ("bandwidth", "flops"):
+        for field in ("bandwidth", "flops", "link_bandwidth"):
             if not 0 < getattr(self, field) < float("inf"):
                 raise ConfigError(f"{field} must be positive, got {getattr(self, field)}")
         if not 0 < self.efficiency <= 1:
@@ -82,6 +90,8 @@ class CostModel:
     ----------
     code_bytes, exact_bytes : float
         Bytes of one token, all layers and heads: as stored in pages, and exact in the window.
+    link_bandwidth : float
+        Bytes per second to the host and from it.
     exact_tokens : int
         First and last tokens of a sequence that are read from the window, 0 without one.
     """
@@ -105,6 +115,7 @@ class CostModel:
         self._seconds_per_byte = 1 / (hardware.bandwidth * hardware.efficiency)
         self._seconds_per_flop = 1 / hardware.flops
         self._overhead = hardware.step_overhead
+        self.link_bandwidth = hardware.link_bandwidth
 
     def exact_part(self, lengths: Int64) -> Int64:
         """Return how many tokens of each sequence attention reads from its window.
@@ -118,12 +129,21 @@ class CostModel:
         """Return the seconds that multiplying tokens by all weights takes at peak arithmetic."""
         return tokens * self._flops_per_token * self._seconds_per_flop
 
+    def preemption_costs(self) -> PreemptionCosts:
+        """Return what the rule of preemption compares on this machine.
+
+        Swapping counts with its whole time on the link, both ways, although copies may overlap
+        steps; computing again with what the weights take at peak arithmetic, without attention.
+        """
+        link = self.link_bandwidth
+        return PreemptionCosts(link, link, prefill_rate=1 / self.linear_seconds(1))
+
     def step_seconds(
         self,
-        new_tokens: Int64 | np.int64,
-        read_tokens: Int64 | np.int64,
-        exact_tokens: Int64 | np.int64,
-        attended_pairs: Int64 | np.int64,
+        new_tokens: Int64 | int,
+        read_tokens: Int64 | int,
+        exact_tokens: Int64 | int,
+        attended_pairs: Int64 | int,
     ) -> Float64:
         """Return the seconds of steps, float64 of the arguments' common shape.
 

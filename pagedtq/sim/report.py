@@ -13,7 +13,7 @@ from ..sizing import Capacity
 from .cost_model import Hardware
 
 #: Version of the JSON report.
-SCHEMA = 2
+SCHEMA = 3
 
 
 class WorkloadSummary(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +91,31 @@ class ExecutionReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     mean_relative_error: float
 
 
+class SwapReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What preemption moved to the host and back.
+
+    Parameters
+    ----------
+    host_pages : int
+        Pages of the host.
+    sequences : int
+        Sequences that went there.
+    bytes_out, bytes_in : int
+        Bytes copied to the host and back.
+    link_seconds : float
+        Simulated time that the copies took, both directions added.
+    wait_seconds : float
+        The part of ``simulated_seconds`` in which nothing was computed until copies had ended.
+    """
+
+    host_pages: int
+    sequences: int
+    bytes_out: int
+    bytes_in: int
+    link_seconds: float
+    wait_seconds: float
+
+
 class FormatReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What one storage format did with the budget.
 
@@ -116,6 +141,8 @@ class FormatReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Tokens that preemption made to be processed again, less those it found again.
     preemptions, requests_preempted : int
         Times a sequence was preempted; requests it happened to.
+    swaps : SwapReport
+        Those that were swapped instead of computed again.
     steps : int
         Steps of the batch.
     simulated_seconds : float
@@ -159,6 +186,7 @@ class FormatReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tokens_recomputed: int
     preemptions: int
     requests_preempted: int
+    swaps: SwapReport
     steps: int
     simulated_seconds: float
     linear_layers_seconds: float
@@ -184,6 +212,10 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     pagedtq_version : str
     budget_bytes : int
         Memory for pages and windows, the same for every format.
+    host_bytes : int
+        Memory of the host for sequences that are swapped, the same for every format.
+    overlap_swaps : bool
+        Whether copies of swaps ran while others stepped.
     page_size : int
     workload : WorkloadSummary
     model : ModelShape
@@ -195,6 +227,8 @@ class SimulationReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     schema: int
     pagedtq_version: str
     budget_bytes: int
+    host_bytes: int
+    overlap_swaps: bool
     page_size: int
     workload: WorkloadSummary
     model: ModelShape

@@ -15,10 +15,12 @@ from ..config import CacheConfig
 from ..errors import RequestTooLarge
 from ..paging.page_tables import PageTables
 from ..paging.shared_prefixes import SharingOptions
+from ..paging.swap_plan import SwapPlan
 from ..serving.generation import GenerationRequest, ScheduledStep, SchedulerOptions, StepOutput
 from ..serving.scheduler import Scheduler
 from ..sizing import Capacity
 from .cost_model import CostModel
+from .host_link import HostLink
 from .step_log import Outcome, StepLog
 from .workload import Float64, Int64, Workload
 
@@ -47,6 +49,10 @@ class Simulator:
         Advances the clock.
     options : SchedulerOptions, optional
         How steps are put together.
+    num_host_pages : int
+        Pages of the host, for preemption by swap.
+    overlap_swaps : bool
+        Let copies of swaps run while other sequences step; else every step waits for its copies.
     fast_forward : bool
         Take runs of steps in which only decoding can happen at once. Never changes a result.
 
@@ -66,6 +72,8 @@ class Simulator:
         cost: CostModel,
         options: SchedulerOptions | None = None,
         *,
+        num_host_pages: int = 0,
+        overlap_swaps: bool = True,
         fast_forward: bool = True,
     ) -> None:
         window = config.window_tokens if capacity.num_window_slots else 0
@@ -76,8 +84,18 @@ class Simulator:
             num_sinks=config.num_sinks if window else 0,
             num_window_slots=capacity.num_window_slots,
             sharing=None if workload.hash_ids is None else SharingOptions(),
+            num_host_pages=num_host_pages,
         )
-        self.scheduler = Scheduler(self.tables, options, track_tokens=False)
+        self.scheduler = Scheduler(
+            self.tables,
+            options,
+            track_tokens=False,
+            costs=cost.preemption_costs(),
+            page_bytes=capacity.page_bytes,
+            window_slot_bytes=capacity.window_slot_bytes,
+            start_swap=self._begin_copy if overlap_swaps else None,
+        )
+        self._link = HostLink(cost.link_bandwidth)
         self._workload, self._cost = workload, cost
         self._choose_steps = self._decode_run if fast_forward else None
         # Plain lists: single numbers are read from them.
@@ -121,6 +139,7 @@ class Simulator:
             self._preemptions,
             np.array(self._rejected, np.int64),
             self._found,
+            self._link.totals(self.scheduler.stats.swapped),
         )
 
     def _add_arrivals(self) -> bool:
@@ -148,16 +167,32 @@ class Simulator:
             self._rejected.append(index)
             self._num_done += 1
 
+    def _begin_copy(self, plan: SwapPlan) -> None:
+        self._link.begin(plan, self.scheduler.swap_bytes(plan), self._clock)
+
     def _step(self) -> None:
+        for plan in self._link.take_done(self._clock):
+            self.scheduler.swap_done(plan)
         step = self.scheduler.schedule(self._choose_steps)
-        # The pool is nobody else's, and what cannot run alone was rejected.
-        assert step is not None
+        if step is None:
+            self._wait_for_copies()
+            return
         run, self._run = self._run, None
         if run is None:
             self._single_step(step)
         else:
             self._many_steps(step, run)
         self._note(self.scheduler.update())
+
+    def _wait_for_copies(self) -> None:
+        """Let time pass until a copy is done, or a request arrives that may run meanwhile."""
+        until = self._link.next_done()
+        if self._next < len(self._arrival):
+            until = min(until, self._arrival[self._next])
+        # The pool is nobody else's, and what cannot run alone was rejected.
+        assert until < float("inf")
+        self._link.wait_seconds += until - self._clock
+        self._clock = until
 
     def _single_step(self, step: ScheduledStep) -> None:
         """Advance the clock by a step of any kind."""
@@ -174,9 +209,10 @@ class Simulator:
             pairs += int((new * prefix + new * (new + 1) // 2).sum())
         # Prompts in prefill, those that are stuck included, as long as before plus the new tokens.
         tokens = decoded + self.scheduler.num_prefill_tokens + prefilled
-        seconds = float(
-            cost.step_seconds(np.int64(n + prefilled), *map(np.int64, (read, exact, pairs)))
-        )
+        tokens += self.scheduler.num_idle_tokens
+        seconds = float(cost.step_seconds(n + prefilled, read, exact, pairs))
+        for plan in step.swaps:
+            seconds += self._link.copy(plan, self.scheduler.swap_bytes(plan))
         self._clock += seconds
         running, used = self.scheduler.num_running, self.tables.pool.num_used
         waiting = int(self.scheduler.num_waiting > 0)

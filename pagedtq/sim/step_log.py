@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .host_link import SwapTotals
 from .workload import Float64, Int64
 
 #: Whole-number columns of a log, in order.
@@ -119,6 +120,8 @@ class Outcome(NamedTuple):
         Requests that no empty pool could hold, in order.
     found : int64[n]
         Prompt tokens of each request that were found in pages when it was first admitted.
+    swaps : SwapTotals
+        What went to the host and back.
     """
 
     log: StepLog
@@ -128,3 +131,4 @@ class Outcome(NamedTuple):
     preemptions: Int64
     rejected: Int64
     found: Int64
+    swaps: SwapTotals = SwapTotals()

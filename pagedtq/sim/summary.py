@@ -11,7 +11,14 @@ from ..models import ModelShape
 from ..serving.generation import SchedulerOptions
 from ..sizing import Capacity, Format
 from .cost_model import CostModel, Hardware
-from .report import SCHEMA, FormatReport, SimulationReport, Timeline, WorkloadSummary
+from .report import (
+    SCHEMA,
+    FormatReport,
+    SimulationReport,
+    SwapReport,
+    Timeline,
+    WorkloadSummary,
+)
 from .step_log import Outcome
 from .workload import Workload, length_statistics, page_utilisation
 
@@ -39,6 +46,7 @@ def summarise_format(
     cost: CostModel,
     workload: Workload,
     outcome: Outcome,
+    num_host_pages: int,
     wall_seconds: float,
 ) -> FormatReport:
     """Return what a report says about one run; ``relative_throughput`` is set by ``compare``."""
@@ -67,6 +75,7 @@ def summarise_format(
         tokens_recomputed=prefilled + found - prompts,
         preemptions=int(outcome.preemptions.sum()),
         requests_preempted=int(np.count_nonzero(outcome.preemptions)),
+        swaps=SwapReport(host_pages=num_host_pages, **outcome.swaps._asdict()),
         steps=len(log),
         simulated_seconds=duration,
         linear_layers_seconds=cost.linear_seconds(processed),
@@ -105,6 +114,8 @@ def build_report(
     hardware: Hardware,
     options: SchedulerOptions,
     budget_bytes: int,
+    host_bytes: int,
+    overlap_swaps: bool,
     page_size: int,
     formats: list[FormatReport],
 ) -> SimulationReport:
@@ -113,6 +124,8 @@ def build_report(
         schema=SCHEMA,
         pagedtq_version=__version__,
         budget_bytes=budget_bytes,
+        host_bytes=host_bytes,
+        overlap_swaps=overlap_swaps,
         page_size=page_size,
         workload=summarise_workload(workload),
         model=model,

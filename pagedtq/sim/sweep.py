@@ -109,6 +109,8 @@ def sweep_budgets(
     page_size: int = 64,
     hardware: Hardware | None = None,
     options: SchedulerOptions | None = None,
+    host_bytes: int | None = None,
+    overlap_swaps: bool = True,
     progress: Progress = silent,
 ) -> SweepReport:
     """Serve a workload in several formats at several budgets.
@@ -125,7 +127,7 @@ def sweep_budgets(
         Decides bytes and work per token.
     page_size : int
         Tokens in a page.
-    hardware, options, progress
+    hardware, options, host_bytes, overlap_swaps, progress
         As for ``simulate_formats``.
 
     Returns
@@ -156,6 +158,8 @@ def sweep_budgets(
                 page_size=page_size,
                 hardware=hardware,
                 options=options,
+                host_bytes=host_bytes,
+                overlap_swaps=overlap_swaps,
                 progress=progress,
             )
             points.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ..sizing import format_bytes
-from .report import ExecutionReport, SimulationReport
+from .report import ExecutionReport, FormatReport, SimulationReport
 from .sweep import SweepReport
 
 
@@ -61,10 +61,20 @@ def report_table(report: SimulationReport) -> str:
         if f.tokens_found
     ]
     lines += [f"{f.name}: {f.rejection}" for f in report.formats if f.rejection]
+    lines += [_swap_line(f) for f in report.formats if f.preemptions and report.host_bytes]
     executed = [(f.name, f.execution) for f in report.formats if f.execution is not None]
     if executed:
         lines += ["", _execution_table(executed)]
     return "\n".join(lines)
+
+
+def _swap_line(f: FormatReport) -> str:
+    moved = f.swaps.bytes_out + f.swaps.bytes_in
+    return (
+        f"{f.name}: {f.swaps.sequences} of {f.preemptions} preempted sequences swapped, "
+        f"{format_bytes(moved)} in {f.swaps.link_seconds:.2f} s on the link, "
+        f"{f.swaps.wait_seconds:.2f} s waited for; {f.tokens_recomputed} tokens computed again"
+    )
 
 
 def sweep_table(report: SweepReport) -> str:

@@ -16,6 +16,8 @@ CONFIGS = [
     (128, TurboQuant(bits=3, scale="unbiased")),
     (64, TurboQuant(bits=8)),
     (80, TurboQuant(bits=5, scale="unbiased")),
+    (64, TurboQuant(bits=4, scale="searched")),
+    (80, TurboQuant(bits=6, scale="searched")),
     (7, TurboQuant(rotation="dense", bits=6)),
     (12, TurboQuant(bits=4, rotation="dense")),
     (64, TurboQuant(bits=3, estimator="prod")),

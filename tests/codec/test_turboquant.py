@@ -39,6 +39,7 @@ def reference_coordinates(codec, vectors):
     return np.sqrt(d) * rotated / norms[..., None], norms
 
 
+@pytest.mark.filterwarnings("ignore::pagedtq.codec.DenseRotationWarning")
 @pytest.mark.parametrize("head_dim", [7, 64, 80, 100, 112, 128, 256])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_codes_are_those_of_a_float64_encoder_except_on_a_border(head_dim, bits):

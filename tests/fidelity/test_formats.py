@@ -1,5 +1,6 @@
 """A cache's configuration as a format agrees with the cache itself."""
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -97,6 +98,17 @@ def test_settings_are_built_from_their_names() -> None:
     assert form.key_means is means
     assert setting("k4v4", SHAPE, means).key_means is None
     assert setting("k4v4", SHAPE).config.window_tokens == 64
+
+
+def test_searched_settings_search_both_streams_and_change_nothing_else() -> None:
+    plain, form = setting("k3v4-w64", SHAPE), setting("k3v4-w64-searched", SHAPE)
+    for stream in ("keys", "values"):
+        codec, searched = getattr(plain.config, stream), getattr(form.config, stream)
+        assert searched == msgspec.structs.replace(codec, scale="searched")
+    assert form.sequence_bytes(1000) == plain.sequence_bytes(1000)
+    for name in ("prod4v4-searched", "exact-searched"):
+        with pytest.raises(ConfigError, match="searched by MSE TurboQuant only"):
+            setting(name, SHAPE)
 
 
 @pytest.mark.parametrize("name", ["", "k4v5", "k4v4-w", "k4v4-centered", "k4v4 ", "k4v4-w0-x"])

@@ -205,7 +205,8 @@ def remaining_pages(head_dim: int) -> Iterator[Specialisation]:
     for name, file in product(_CODECS, ("store", "load", "seal")):
         yield _page_kernel(file, name, head_dim, "f32" if file == "load" else "f16")
     if head_dim == 128:
-        for bits, scale in product((1, 5, 6, 7), ("norm_corrected", "unbiased", "none")):
+        scales = ("norm_corrected", "searched", "unbiased", "none")
+        for bits, scale in product((1, 5, 6, 7), scales):
             codec = TurboQuant(bits=bits, scale=scale)
             yield _page_kernel("store", (codec, codec), 128, "f32")
             yield _page_kernel("load", (codec, codec), 128, "f32")

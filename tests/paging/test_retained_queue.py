@@ -89,9 +89,9 @@ class QueueMachine(RuleBasedStateMachine):
             owners = np.zeros(self.count + 1, np.int32)
             owners[array] = 1
             banded = not self.fences and any(self.priority[i] != DEFAULT_PRIORITY for i in ids)
-            assert not self.queue.push_sole([*ids, 0], owners.data, 1)
+            assert not self.queue.push_sole(np.append(array, 0).astype(np.int32), owners.data, 1)
             assert owners.sum() == len(ids)
-            assert self.queue.push_sole(list(ids), owners.data, 1) != banded
+            assert self.queue.push_sole(array, owners.data, 1) != banded
             assert owners.sum() == (len(ids) if banded else 0)
             if banded:
                 self.queue.push(array)

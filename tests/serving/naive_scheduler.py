@@ -1,5 +1,7 @@
 """The scheduler's rules once more: one sequence, one page, one key at a time, nothing vectorised.
 
+Swaps are modelled for sequences that share no page: then only numbers of pages matter.
+
 Pages are objects in Python lists; a block's key is the tuple of all tokens up to its end. It shares
 no code with the scheduler, the page tables or the prefix index.
 """
@@ -28,6 +30,7 @@ class Sequence:
     stored: int = 0
     named: int = 0
     published: int = 0
+    on_host: int = 0
     pages: list = field(default_factory=list)
 
     @property
@@ -36,7 +39,8 @@ class Sequence:
 
 
 class NaiveScheduler:
-    def __init__(self, num_pages, size, sharing, options):
+    def __init__(self, num_pages, size, sharing, options, host=0):
+        self.host = host
         self.free = [Page() for _ in range(num_pages)]
         self.total, self.size, self.sharing, self.options = num_pages, size, sharing, options
         self.index = {}
@@ -103,12 +107,17 @@ class NaiveScheduler:
 
     def preempt(self):
         victim = max(self.decoding + self.prefills, key=lambda s: s.place)
+        swaps = self.options.preemption == "swap" and victim in self.decoding
         if victim in self.decoding:
             self.decoding.remove(victim)
         else:
             self.prefills.remove(victim)
+        if swaps and len(victim.pages) <= self.host:
+            victim.on_host = len(victim.pages)
+            self.host -= victim.on_host
+        else:
+            victim.stored = victim.published = 0
         self.drop(victim)
-        victim.stored = victim.published = 0
         self.waiting.append(victim)
         return victim.request.request_id
 
@@ -180,10 +189,17 @@ class NaiveScheduler:
         free = len(self.free) - self.pages_for_next()
         tokens = self.options.step_tokens - len(self.decoding)
         chunks = []
-        for at in range(1000):
-            if tokens <= 0:
-                break
+        while tokens > 0:
+            at = len(chunks)
             if at == len(self.prefills):
+                head = min(self.waiting, key=lambda s: s.place, default=None)
+                if admit and head is not None and head.on_host:
+                    taken = self.swap_in(head, free)
+                    if taken is None:
+                        break
+                    free -= taken
+                    tokens -= 1
+                    continue
                 revived = self.admit(tokens, free) if admit else None
                 if revived is None:
                     break
@@ -200,11 +216,28 @@ class NaiveScheduler:
                 break
         return chunks
 
+    def running(self):
+        return len(self.decoding) + sum(s.width for s in self.prefills)
+
+    def swap_in(self, seq, free):
+        running, most = self.running(), min(self.options.max_running, self.options.step_tokens)
+        following = int(seq.stored % self.size == 0)
+        reserve = int(self.options.watermark * self.total) if running else 0
+        if running >= most or seq.on_host + following + reserve > free:
+            return None
+        self.waiting.remove(seq)
+        self.take(seq, seq.on_host)
+        taken = seq.on_host + following
+        self.host += seq.on_host
+        seq.on_host = 0
+        self.decoding.append(seq)
+        return taken
+
     def admit(self, tokens, free):
         if not self.waiting:
             return None
         seq = min(self.waiting, key=lambda s: s.place)
-        running = len(self.decoding) + sum(s.width for s in self.prefills)
+        running = self.running()
         most = min(self.options.max_running, self.options.step_tokens)
         if running + seq.width > most:
             return None

@@ -110,3 +110,59 @@ def assert_served(request, finished):
         tokens, reason = expected(request, sample)
         assert completion.token_ids.tolist() == tokens, (request.request_id, sample)
         assert (completion.num_tokens, completion.reason) == (len(tokens), reason)
+
+
+class CopyingEngine(PagedEngine):
+    """Copies swaps while later steps compute, and reports them when it likes.
+
+    A copy is made the moment it is begun, or as late as it is reported; until then the pages that
+    it writes hold nothing that may be read.
+    """
+
+    def __init__(self, scheduler: Scheduler, late=True) -> None:
+        super().__init__(scheduler)
+        self.late, self.under_way = late, []
+        self.overlapped = 0
+        scheduler._start_swap = self.begin
+
+    def begin(self, swap):
+        if swap.direction == "in":
+            self.pages[swap.pages] = -1
+        if not self.late:
+            self.copy_swap(swap)
+        self.under_way.append(swap)
+
+    def end(self, at=0, failed=False):
+        swap = self.under_way.pop(at)
+        if failed:
+            self.scheduler.swap_failed(swap)
+            return
+        if self.late:
+            self.copy_swap(swap)
+        self.scheduler.swap_done(swap)
+
+    def compute(self, step):
+        assert not step.swaps
+        moving = {seq for swap in self.under_way for seq in swap.seq_ids.tolist()}
+        assert not moving & set(step.plan.seq_ids.tolist())
+        self.overlapped += bool(moving)
+        super().compute(step)
+
+
+def serve_overlapped(scheduler, requests=(), every=2, engine=None):
+    """Serve requests while each copy takes some steps; return what finished, by id."""
+    for request in requests:
+        scheduler.add(request)
+    engine, finished, rounds = engine or CopyingEngine(scheduler), {}, 0
+    while scheduler.has_work:
+        rounds += 1
+        assert rounds < 20_000
+        step = scheduler.schedule()
+        if step is not None:
+            output = engine.run_step(step)
+            finished |= {request.request_id: request for request in output.finished}
+        if engine.under_way and (step is None or rounds % every == 0):
+            engine.end()
+        else:
+            assert step is not None or not scheduler.has_work, "nothing runs, and nothing will"
+    return finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +14,24 @@ from tests.serving.test_scheduler import SIZE, assert_drained, rules, scheduler_
 @given(streams(), rules, st.integers(11, 40), st.booleans())
 @settings(max_examples=150)
 def test_every_step_is_that_of_a_scheduler_written_naively(stream, options, num_pages, sharing):
+    compare(stream, num_pages, sharing, 0, options)
+
+
+@given(streams(), rules, st.integers(11, 30), st.sampled_from([3, 9, 100]))
+@settings(max_examples=100)
+def test_every_step_is_that_of_a_scheduler_written_naively_with_swaps(
+    stream, options, num_pages, host
+):
+    """Of requests that share nothing, in order of arrival or of priority."""
     requests, times = stream
-    scheduler = scheduler_of(num_pages, sharing=sharing, **options)
-    naive = NaiveScheduler(num_pages, SIZE, sharing, scheduler.options)
+    alone = [msgspec.structs.replace(request, num_samples=1) for request in requests]
+    compare((alone, times), num_pages, False, host, options | {"preemption": "swap"})
+
+
+def compare(stream, num_pages, sharing, host, options):
+    requests, times = stream
+    scheduler = scheduler_of(num_pages, sharing=sharing, host=host, **options)
+    naive = NaiveScheduler(num_pages, SIZE, sharing, scheduler.options, host)
     engine, now, coming, found = PagedEngine(scheduler), 0, 0, {}
     while coming < len(requests) or scheduler.has_work:
         while coming < len(requests) and times[coming] <= now:
@@ -33,6 +49,7 @@ def test_every_step_is_that_of_a_scheduler_written_naively(stream, options, num_
         assert members == names
         assert step.chunks == chunks
         assert free == expected_free
+        assert scheduler.tables.host.num_free == naive.host
         assert scheduler.tables.pool.num_free == len(naive.free)
         assert (scheduler.num_waiting, scheduler.num_running) == (
             len(naive.waiting),

@@ -26,6 +26,10 @@ from tests.serving.test_scheduler import assert_drained, request_of, scheduler_o
     [
         {"step_tokens": 0},
         {"max_running": 0},
+        {"max_running": 2.5},
+        {"step_tokens": "many"},
+        {"step_tokens": True},
+        {"watermark": None},
         {"watermark": 1.0},
         {"watermark": -0.1},
         {"watermark": float("nan")},
@@ -99,6 +103,14 @@ def test_a_request_with_bad_content_is_refused_by_name_and_nothing_is_changed(
     assert_drained(scheduler)
     scheduler.add(request_of("chat"))
     assert_served(request_of("chat"), serve(scheduler)["chat"])
+
+
+@pytest.mark.parametrize("request_", [None, "a", {"request_id": "a"}])
+def test_what_is_no_request_is_refused(request_):
+    scheduler = scheduler_of(20)
+    with pytest.raises(ArgumentTypeError, match="expects a GenerationRequest, got"):
+        scheduler.add(request_)
+    assert_drained(scheduler)
 
 
 def test_an_id_is_taken_until_its_request_leaves():

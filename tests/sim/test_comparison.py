@@ -85,7 +85,7 @@ def test_two_runs_give_the_same_report():
 def test_the_json_report_parses_back_to_the_same_structs(report, tmp_path):
     path = write_report(report, tmp_path / "new" / "folder")
     assert SimulationReport.from_json(path.read_bytes()) == report
-    for text in (b"{}", b"nonsense", report.to_json().replace(b'"schema": 2', b'"schema": 99')):
+    for text in (b"{}", b"nonsense", report.to_json().replace(b'"schema": 3', b'"schema": 99')):
         with pytest.raises(ArgumentError):
             SimulationReport.from_json(text)
 

@@ -27,6 +27,14 @@ FORMATS = {
         TurboQuant(bits=3),
     ),
     "dense4v3": (TurboQuant(bits=4, rotation="dense"), TurboQuant(bits=3)),
+    "searched4v3": (
+        TurboQuant(bits=4, scale="searched"),
+        TurboQuant(bits=3, scale="searched"),
+    ),
+    "searched2v6": (
+        TurboQuant(bits=2, scale="searched"),
+        TurboQuant(bits=6, scale="searched"),
+    ),
     "exact": (Exact(dtype="bf16"), Exact(dtype="f32")),
     "k4exact": (TurboQuant(bits=4), Exact(dtype="f16")),
 }
@@ -52,6 +60,9 @@ CASES = [
     ("prod3v3", 96, 16, "bf16", "bf16"),
     ("prod3v3", 64, 64, "f32", "f32"),
     ("dense4v3", 64, 16, "f16", "f16"),
+    ("searched4v3", 128, 64, "f16", "f16"),
+    ("searched4v3", 80, 16, "bf16", "bf16"),
+    ("searched2v6", 64, 16, "f32", "f16"),
     ("exact", 80, 16, "f32", "f32"),
     ("k4exact", 128, 64, "f16", "f16"),
 ]

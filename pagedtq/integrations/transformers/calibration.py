@@ -31,7 +31,9 @@ def calibrate_key_means(
 ) -> CacheSettings:
     """Let a model read tokens, and return settings with the means of its keys.
 
-    A few hundred tokens of ordinary text are enough; never use the text that results are
+    Some hundred tokens of ordinary text are enough for short contexts. Keys are stored after the
+    rotary embedding, which turns their means away with the distance from the start: let the model
+    read about as many tokens at once as it will serve. Never use the text that results are
     measured on.
 
     Parameters

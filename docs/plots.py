@@ -1,0 +1,157 @@
+"""Figures of measured results, from ``benchmarks/results``; `docs.figures` writes the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+GREY, LINE = "#808890", "#8a939c"
+KEYS, VALUES, NORMS, EXACT = "#7fb3e6", "#f2b36b", "#b9a5e2", "#6cc49a"
+
+
+def measured(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a committed result."""
+    results = Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
+def muted(axes: Axes) -> None:
+    """Give axes the grey that reads on light and dark pages."""
+    axes.tick_params(colors=GREY, which="both")
+    axes.xaxis.label.set_color(GREY)
+    axes.yaxis.label.set_color(GREY)
+    for spine in axes.spines.values():
+        spine.set_color(LINE)
+
+
+def append() -> plt.Figure:
+    """Cost of appending one token, by the length of the cache, as measured."""
+    rows = measured("compat_append")
+    figure, axes = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
+    names = {"mse": "MSE keys", "prod": "Prod keys", "mse, full": "MSE keys, dropping the oldest"}
+    for (kind, name), colour in zip(names.items(), (KEYS, VALUES, EXACT), strict=True):
+        line = [row for row in rows if row["keys"] == kind]
+        tokens = [row["tokens"] for row in line]
+        cost = [row["push us (best)"] + row["move us per token"] for row in line]
+        axes.plot(tokens, cost, "o-", color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(tokens, [f"{count // 1024}k" for count in tokens])
+    axes.set(xlabel="tokens in the cache", ylabel="us per token", ylim=(0, None))
+    muted(axes)
+    axes.legend(frameon=False, labelcolor=GREY)
+    return figure
+
+
+def step_cost() -> plt.Figure:
+    """Cost of a decode step of the control plane, by pool size and by sequences, as measured."""
+    rows = measured("step_cost")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
+    callers = {
+        "tables": (KEYS, "-"),
+        "tables, shared": (KEYS, "--"),
+        "scheduler": (VALUES, "-"),
+        "scheduler, shared": (VALUES, "--"),
+    }
+    for axes, axis, field in ((left, "pool", "pages"), (right, "sequences", "sequences")):
+        for caller, (colour, style) in callers.items():
+            line = [row for row in rows if (row["axis"], row["caller"]) == (axis, caller)]
+            places = [row[field] for row in line]
+            cost = [row["min us"] for row in line]
+            axes.plot(places, cost, marker="o", linestyle=style, color=colour, label=caller)
+        muted(axes)
+    left.set_xscale("log")
+    left.set(xlabel="pages of the pool, 1024 sequences", ylim=(0, None))
+    left.set_ylabel("us, least of 200 steps", color=GREY)
+    right.set(xlabel="running sequences, 100 000 pages", xlim=(0, None), ylim=(0, None))
+    figure.legend(
+        *left.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=4,
+        labelcolor=GREY,
+        frameon=False,
+    )
+    return figure
+
+
+def hit_rate() -> plt.Figure:
+    """Prompt tokens found in pages by memory and format: the Mooncake conversation trace."""
+    rows = measured("hit_rate")
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    colours = {"fp16": GREY, "fp8": NORMS, "k4v4": KEYS, "k2v2": VALUES}
+    for name, colour in colours.items():
+        line = [row for row in rows if row["format"] == name]
+        budgets = [row["GiB"] for row in line]
+        axes.plot(budgets, [row["found %"] for row in line], "o-", color=colour, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, [str(budget) for budget in budgets])
+    axes.minorticks_off()
+    axes.set(xlabel="memory for the cache (GiB)", ylabel="prompt tokens found (%)", ylim=(0, None))
+    muted(axes)
+    axes.legend(frameon=False, labelcolor=GREY)
+    return figure
+
+
+def fidelity() -> plt.Figure:
+    """Divergence of a trained decoder by bytes, own settings and those of others, as measured."""
+    rows = [row for row in measured("fidelity") if row["part"] in ("settings", "bits by layer")]
+    figure, axes = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
+    own = [row for row in rows if row["setting"].startswith(("k", "prod"))]
+    others = [row for row in rows if row not in own and row["KL mnat"] > 1e-3]
+    kinds = (
+        ("plain", NORMS, "o", lambda name: name.endswith("-w0")),
+        ("keys centred", KEYS, "s", lambda name: name.endswith("-w0-centred")),
+        ("keys centred, exact window", EXACT, "D", lambda name: "-centred" in name),
+    )
+    placed: list[str] = []
+    for label, colour, marker, chosen in kinds:
+        line = [r for r in own if chosen(r["setting"]) and r["setting"] not in placed]
+        if label != "plain":
+            line = [r for r in line if "-centred" in r["setting"]]
+        placed += [row["setting"] for row in line]
+        _points(axes, line, colour, marker, label)
+    _points(axes, others, VALUES, "X", "other systems")
+    axes.set(xlabel="bytes per token and KV head", yscale="log")
+    axes.set_ylabel("KL of next-token distributions (millinats)", color=GREY)
+    muted(axes)
+    axes.legend(frameon=False, labelcolor=GREY)
+    return figure
+
+
+def _points(axes: Axes, rows: list[dict[str, Any]], colour: str, marker: str, label: str) -> None:
+    xs, ys = [row["B/token/head"] for row in rows], [row["KL mnat"] for row in rows]
+    axes.plot(xs, ys, marker, color=colour, label=label, markersize=6)
+    for row, x, y in zip(rows, xs, ys, strict=True):
+        name = row["setting"].split(" (")[0].replace("-centred", "").replace("-w0", "")
+        axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=6.5, color=GREY)
+
+
+def sensitivities() -> plt.Figure:
+    """Divergence when one stream of one layer is coded alone, as measured."""
+    rows = [row for row in measured("fidelity") if row["part"] == "sensitivity"]
+    widths = sorted({row["bits"] for row in rows})
+    layers = sorted({row["layer"] for row in rows})
+    found = {(row["stream"], row["layer"], row["bits"]): row["KL mnat"] for row in rows}
+    low, high = (np.log10(max(f(found.values()), 1e-6)) for f in (min, max))
+    figure, both = plt.subplots(1, 2, figsize=(8.4, 2.8), sharey=True, layout="constrained")
+    for axes, stream in zip(both, ("keys", "values"), strict=True):
+        grid = np.array([[found[stream, layer, bits] for bits in widths] for layer in layers])
+        logs = np.log10(np.maximum(grid, 1e-6))
+        axes.imshow(logs, aspect="auto", cmap="viridis", vmin=low, vmax=high)
+        for (row, column), kl in np.ndenumerate(grid):
+            ink = "white" if logs[row, column] < (low + high) / 2 else "black"
+            axes.text(column, row, f"{kl:.2g}", ha="center", va="center", fontsize=7.5, color=ink)
+        axes.set_xticks(range(len(widths)), [str(bits) for bits in widths])
+        axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        axes.set(xlabel=f"bits of the {stream}")
+        muted(axes)
+    both[0].set_ylabel("layer", color=GREY)
+    return figure
+
+
+measured_figures = (append, step_cost, hit_rate, fidelity, sensitivities)
