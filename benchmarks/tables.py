@@ -1,7 +1,8 @@
 """Write the tables of the README and of pages in docs from benchmarks/results.
 
-``python -m benchmarks.tables`` rewrites what stands between the marker comments of these files;
-``--check`` only says whether they are up to date. No figure on these pages is typed by hand.
+``python -m benchmarks.tables`` rewrites what stands between the marker comments of these files, and
+draws the plots of device results; ``--check`` only says whether the text is up to date. No figure
+on these pages is typed by hand.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.pages import NOT_MEASURED, device_page
 from benchmarks.report import RESULTS
 
 ROOT = Path(__file__).parents[1]
+STATIC = ROOT / "docs/_static"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 Row = dict[str, Any]
 
@@ -166,8 +169,9 @@ def markdown(rows: list[Row], columns: tuple[str, ...]) -> str:
 def figures() -> str:
     """Return the body of docs/performance.md."""
     parts = []
-    for name, (question, columns, chosen) in (SECTIONS | gpu_sections()).items():
+    for name, (question, columns, chosen) in SECTIONS.items():
         parts += [f"### {question}", section(name, columns, chosen)]
+    parts += ["### What does a device reach?", device_sections(RESULTS)]
     return "\n\n".join(parts)
 
 
@@ -216,16 +220,25 @@ def fidelity() -> str:
     return "\n\n".join([*parts, *(f"- {note}" for note in load("fidelity")["notes"])])
 
 
-def gpu_sections() -> dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]]:
-    """Return a section for each device that has a result; there may be none."""
-    return {
-        path.stem: (
-            f"What does a device reach? ({load(path.stem)['device']})",
-            (),
-            lambda row: True,
-        )
-        for path in sorted(RESULTS.glob("gpu-*.json"))
-    }
+def device_sections(results: Path) -> str:
+    """Return what every device with a result reached; there may be none."""
+    parts = []
+    for path in sorted(results.glob("gpu-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(device_page(result, markdown))
+        plots = (f"{result['name']}-{name}.svg" for name in ("attend", "crossover"))
+        parts += [f"![{plot}](_static/{plot})" for plot in plots if (STATIC / plot).exists()]
+    return "\n\n".join(parts) or NOT_MEASURED
+
+
+def draw_devices(results: Path, folder: Path) -> list[Path]:
+    """Draw the plots of every device with a result."""
+    paths = []
+    for path in sorted(results.glob("gpu-*.json")):
+        from benchmarks.gpu.plots import draw
+
+        paths += draw(json.loads(path.read_text(encoding="utf-8")), folder)
+    return paths
 
 
 def summary() -> str:
@@ -262,6 +275,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
     options = parser.parse_args()
     stale = []
+    if not options.check:
+        draw_devices(RESULTS, STATIC)
     for path, body in (
         (ROOT / "docs/performance.md", figures()),
         (ROOT / "docs/eviction.md", eviction()),

@@ -1,68 +1,91 @@
 """Everything that needs a CUDA device, in one command of less than eight minutes.
 
-Measures ceilings and operations, beside attention on bfloat16 in the same run; then runs the GPU
-suite, and compute-sanitizer where it is installed. Prints tables and writes
-``benchmarks/results/gpu-<device>.json`` after every stage, so that a run cut short keeps what it
-has. Without a device it says so and exits with code 3.
+Each stage is a process of its own with its share of the time: a fault, a hang or a missing library
+costs that stage, and what it had measured until then is kept. After every stage the tables are
+printed and ``benchmarks/results/gpu-<device>.json`` is written. ``--only`` picks stages. Without a
+device the command says so and exits with code 3.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.figures import Times, ceiling_row, file_name, row_of, verdict
-from benchmarks.gpu.stages import (
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.figures import file_name, verdict
+from benchmarks.gpu.peer_folder import use_folder
+from benchmarks.gpu.peer_stages import keep
+from benchmarks.gpu.processes import (
     find_sanitizer,
+    parallel_options,
     pytest_command,
     run_stage,
     sanitizer_command,
+    simulate_command,
     skipped,
 )
-from benchmarks.gpu.workloads import Workload, fitting, full, quick
 from benchmarks.report import RESULTS, table
-from pagedtq.backends.cupy_device import CupyDevice
-from pagedtq.errors import BackendUnavailable
+from pagedtq.backends.cupy_device import missing_cuda
 from pagedtq.telemetry import benchmark_receipt
 
 #: Exit code where there is no device: nothing was measured, nothing failed.
 NO_DEVICE = 3
 
+#: File in which other libraries' times reach stage ``attend``.
+PEER_TIMES = "peer-times.json"
+
+#: Stages in order, with their share of 7.6 minutes; what one leaves over the next ones may use.
+STAGES = {
+    "build": 45.0,
+    "ceilings": 12.0,
+    "correctness": 40.0,
+    "sdpa": 18.0,
+    "flashinfer": 25.0,
+    "vllm": 28.0,
+    "attend": 105.0,
+    "operations": 45.0,
+    "step": 40.0,
+    "simulate": 24.0,
+    "suite": 30.0,
+    "memcheck": 22.0,
+    "racecheck": 22.0,
+}
+# A process may take so long to start, and to end after its last measurement.
+_GRACE = 12.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = parse(argv)
-    try:
-        device = CupyDevice()
-    except BackendUnavailable as error:
-        print(f"not measured: {error}", file=sys.stderr)
+    missing = missing_cuda()
+    if missing is not None:
+        print(f"not measured: the CUDA backend needs CuPy and a device: {missing}", file=sys.stderr)
         return NO_DEVICE
-    started = time.perf_counter()
-    report = Report(device.name, options)
-
-    def left() -> float:
-        return 60 * options.minutes - (time.perf_counter() - started)
-
-    rows, notes = measure_all(device, options, left)
-    report.write(rows, notes)
-    suite = pytest_command(*(["-k", "k4v4"] if options.quick else []))
-    report.add(run_stage("GPU suite", suite, left()))
-    path = find_sanitizer()
-    for tool in ("memcheck", "racecheck"):
-        name = f"compute-sanitizer {tool}"
-        if path is None:
-            report.add(skipped(name, "compute-sanitizer is not installed"))
-        elif left() < 20:
-            report.add(skipped(name, f"{options.minutes} minutes are over"))
-        else:
-            command = sanitizer_command(tool, path)
-            report.add(run_stage(name, command, left() / 2, {"PAGEDTQ_GPU_POOL": "off"}))
+    for folder in options.peers:
+        use_folder(folder)
+    if options.inside:
+        return inside(options)
+    report = Report(options)
+    begin = time.perf_counter()
+    wanted = {name: STAGES[name] for name in STAGES if name in (options.only or STAGES)}
+    scale = 60 * options.minutes / sum(wanted.values())
+    ahead = 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, share in wanted.items():
+            ahead += share * scale
+            seconds = ahead - (time.perf_counter() - begin)
+            if seconds < 5:
+                report.add(skipped(name, f"{options.minutes:g} minutes are over"))
+                continue
+            keep(report.rows, Path(scratch) / PEER_TIMES)
+            report.add(*run_one(name, seconds, options, Path(scratch)))
     print(table([{k: stage[k] for k in ("stage", "state", "seconds")} for stage in report.stages]))
     return verdict(report.stages)
 
@@ -77,129 +100,142 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the JSON")
     parser.add_argument("--quick", action="store_true", help="small sizes; keeps no JSON")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random inputs")
-    parser.add_argument("--minutes", type=float, default=7.5, help="stop what runs longer")
+    parser.add_argument("--minutes", type=float, default=7.6, help="begin nothing after these")
+    parser.add_argument(
+        "--only", type=_stages, metavar="STAGE,...", help=f"of {', '.join(STAGES)}; all by default"
+    )
+    parser.add_argument(
+        "--peers", type=Path, action="append", default=[], metavar="FOLDER",
+        help="what prepare_flashinfer and prepare_vllm wrote",
+    )  # fmt: skip
+    parser.add_argument("--inside", choices=tuple(STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--peer-times", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
+
+
+def _stages(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in STAGES:
+            raise argparse.ArgumentTypeError(f"no stage {name!r}; there are {', '.join(STAGES)}")
+    return names
+
+
+def inside(options: argparse.Namespace) -> int:
+    """Run one stage in this process."""
+    from benchmarks.gpu.correctness_stage import INSIDE
+    from benchmarks.gpu.device_timing import CudaMeter
+    from benchmarks.gpu.peer_stages import known
+    from pagedtq.backends.cupy_device import CupyDevice
+
+    device = CupyDevice()
+    size = "quick" if options.quick else "full"
+    bench = Bench(
+        options.inside,
+        device,
+        CudaMeter(device),
+        options.seconds,
+        size,
+        options.seed,
+        options.json,
+        partial(known, options.peer_times),
+    )
+    INSIDE[options.inside](bench)
+    bench.finish()
+    return int(bench.state == "failed")
+
+
+def run_one(
+    name: str, seconds: float, options: argparse.Namespace, scratch: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run one stage as a process; return how it ended and what it found."""
+    known: dict[str, Any] = {}
+    if name == "suite":
+        picked = ["-k", "k4v4"] if options.quick else []
+        return run_stage(name, pytest_command(*parallel_options(), *picked), seconds), known
+    if name in ("memcheck", "racecheck"):
+        path = find_sanitizer()
+        if path is None:
+            return skipped(name, "compute-sanitizer is not installed"), known
+        extra = {"PAGEDTQ_GPU_POOL": "off"}
+        return run_stage(name, sanitizer_command(name, path), seconds, extra), known
+    if name == "simulate":
+        folder = scratch / "simulate"
+        stage = run_stage(name, simulate_command(folder, options.quick), seconds)
+        return stage, {"rows": simulated(folder)}
+    path = scratch / f"{name}.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--inside", name, "--json", str(path)]
+    command += ["--seconds", str(max(5.0, seconds - _GRACE)), "--seed", str(options.seed)]
+    command += ["--quick"] * options.quick
+    command += ["--peer-times", str(scratch / PEER_TIMES)]
+    for folder in options.peers:
+        command += ["--peers", str(folder.resolve())]
+    stage = run_stage(name, command, seconds)
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+    return stage, known
+
+
+def simulated(folder: Path) -> list[dict[str, Any]]:
+    """Read what ``pagedtq simulate --execute`` measured."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        for form in json.loads(path.read_text(encoding="utf-8")).get("formats", []):
+            if form.get("execution"):
+                rows.append({"stage": "simulate", "format": form["name"], **form["execution"]})
+    return rows
 
 
 class Report:
     """What is known so far, on disk after every stage."""
 
-    def __init__(self, device: str, options: argparse.Namespace) -> None:
-        self.name, self.device, self.options = file_name(device), device, options
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.device = options, "unknown device"
         self.rows: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.stages: list[dict[str, Any]] = []
 
-    def write(self, rows: list[dict[str, Any]], notes: list[str]) -> None:
-        """Keep and print what was measured."""
-        self.rows, self.notes = rows, [f"device: {self.device}", *notes]
-        print("\n".join([self.name, table(rows), *self.notes]))
-        self.save()
-
-    def add(self, stage: dict[str, Any]) -> None:
-        """Keep and print how a stage ended."""
+    def add(self, stage: dict[str, Any], known: dict[str, Any] | None = None) -> None:
+        """Keep and print how a stage ended, and what it found."""
+        known = known or {}
+        self.device = known.get("device", self.device)
+        rows = known.get("rows", [])
+        self.rows += rows
+        self.notes += [note for note in known.get("notes", []) if note not in self.notes]
         self.stages.append(stage)
-        print(f"{stage['stage']}: {stage['state']}, {stage['seconds']:.0f} s {stage['tests']}")
-        if "output" in stage:
+        print(f"\n{stage['stage']}: {stage['state']}, {stage['seconds']:.0f} s {stage['tests']}")
+        for columns in {tuple(row): None for row in rows}:
+            print(table([row for row in rows if tuple(row) == columns]))
+        if stage["state"] != "passed":
             print(stage["output"], file=sys.stderr)
+        sys.stdout.flush()
         self.save()
 
     def save(self) -> None:
         """Write the JSON."""
         if self.options.json is None and self.options.quick:
             return
+        name = file_name(self.device)
+        here = Path(__file__).parent
         receipt = benchmark_receipt(
-            self.name,
+            name,
             self.rows,
             command="python -m benchmarks.gpu",
             notes=self.notes,
             seed=self.options.seed,
             quick=self.options.quick,
-            inputs=[part.read_bytes() for part in sorted(Path(__file__).parent.glob("*.py"))],
+            inputs=[
+                path.read_bytes() for path in sorted(here.rglob("*.*")) if path.suffix in _CODE
+            ],
         )
         answer = json.loads(receipt.to_json()) | {"device": self.device, "stages": self.stages}
-        path = self.options.json or RESULTS / f"{self.name}.json"
+        path = self.options.json or RESULTS / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
 
 
-def measure_all(
-    device: CupyDevice, options: argparse.Namespace, left: Any
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Measure ceilings, then workloads until three minutes are left for the other stages."""
-    from benchmarks.gpu.device_timing import ceilings, measure
-
-    cupy = device.xp
-    size = 1 << (24 if options.quick else 30)
-    found = ceilings(cupy, device, size)
-    rows = [ceiling_row(name, nbytes, times) for name, (nbytes, times) in found.items()]
-    copy_rate = next(row["GB/s"] for row in rows if row["how"] == "device copy")
-    free = cupy.cuda.runtime.memGetInfo()[0]
-    fit, large = fitting(quick() if options.quick else full(), free)
-    notes = [f"not measured, too large: {row}" for row in large]
-    baselines: dict[tuple[int, int], Times | None] = {}
-    for number, workload in enumerate(fit):
-        if left() < 60 * min(4.5, options.minutes / 2):
-            notes += [f"not measured, out of time: {row}" for row in fit[number:]]
-            break
-        base = None
-        if workload.operation == "attend":
-            shape = workload.batch, workload.tokens
-            if shape not in baselines:
-                baselines[shape] = _baseline(cupy, workload, rows, notes)
-            base = baselines[shape]
-        rows += _measured(device, workload, options.seed, copy_rate, base, measure)
-        # Calls and what they captured refer to each other.
-        gc.collect()
-        cupy.get_default_memory_pool().free_all_blocks()
-    return rows, notes
-
-
-def _measured(
-    device: CupyDevice,
-    workload: Workload,
-    seed: int,
-    copy_rate: float,
-    base: Times | None,
-    measure: Any,
-) -> list[dict[str, Any]]:
-    from benchmarks.gpu.operations import Prepared
-
-    prepared = Prepared(workload, device, seed)
-    calls = {"as a graph": prepared.captured, "eager": prepared.eager}
-    rows = []
-    for how, call in calls.items():
-        if call is not None:
-            rows.append(row_of(workload, how, measure(device.xp, call), copy_rate, base))
-    return rows
-
-
-def _baseline(
-    cupy: Any, workload: Workload, rows: list[dict[str, Any]], notes: list[str]
-) -> Times | None:
-    """Measure bfloat16 attention; return its best form's times, and add rows."""
-    from benchmarks.gpu.device_timing import measure, torch_baselines
-
-    calls, reason = torch_baselines(workload)
-    if reason is not None:
-        note = f"no bfloat16 baseline: {reason}"
-        if note not in notes:
-            notes.append(note)
-        return None
-    import torch
-
-    best: Times | None = None
-    # Nobody chose a stream: both libraries use the default one, and one pair of events times both.
-    while calls:
-        name, call = calls.popitem()
-        times = measure(cupy, call)
-        row = {**ceiling_row(name, workload.bf16_bytes(), times), "operation": "baseline"}
-        rows.append(row | {"batch": workload.batch, "tokens": workload.tokens})
-        best = times if best is None or times.median < best.median else best
-    del call
-    torch.cuda.empty_cache()
-    return best
-
+_CODE = (".py", ".cu")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,74 +1,70 @@
-"""From times to figures: medians, bandwidths, shares of a ceiling, ratios. Pure arithmetic."""
+"""From times to figures: medians, spreads, bandwidths, ratios. Pure arithmetic."""
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
-
-from benchmarks.gpu.workloads import Workload
 
 
 class Times(NamedTuple):
-    """Seconds of one call, several times."""
+    """Seconds of one call, measured several times."""
 
     seconds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Of all calls."""
+        """Of all rounds."""
         return statistics.median(self.seconds)
 
-    @property
-    def best(self) -> float:
-        """The fastest call."""
-        return min(self.seconds)
+    def percentile(self, share: float) -> float:
+        """Return the round that ``share`` of them do not exceed."""
+        ranked = sorted(self.seconds)
+        return ranked[min(len(ranked) - 1, int(share * len(ranked)))]
 
 
-def row_of(
-    workload: Workload,
-    how: str,
-    times: Times,
-    copy_gb_per_s: float | None,
-    baseline: Times | None = None,
-) -> dict[str, Any]:
-    """Describe one measurement.
+def time_columns(times: Times, nbytes: int, copy_rate: float | None = None) -> dict[str, Any]:
+    """Describe a measurement of something that moves ``nbytes``.
 
-    ``copy_gb_per_s`` is the ceiling in bytes read plus bytes written; ``baseline`` the same
-    attention in bfloat16, measured in the same run.
+    ``copy_rate`` is the ceiling in bytes per second, read plus written.
     """
-    speed = workload.bytes_moved() / times.median / 1e9
+    rate = nbytes / times.median
     return {
-        "operation": workload.operation,
-        "format": workload.form,
-        "batch": workload.batch,
-        "tokens": workload.tokens,
-        "how": how,
-        "ms median": 1e3 * times.median,
-        "ms best": 1e3 * times.best,
-        "GB moved": workload.bytes_moved() / 1e9,
-        "GB/s": speed,
-        "of copy bandwidth": speed / copy_gb_per_s if copy_gb_per_s else None,
-        "speed vs torch bf16": baseline.median / times.median if baseline is not None else None,
+        "us": 1e6 * times.median,
+        "us p10": 1e6 * times.percentile(0.1),
+        "us p90": 1e6 * times.percentile(0.9),
+        "GB/s": rate / 1e9,
+        "of copy": rate / copy_rate if copy_rate else None,
     }
 
 
-def ceiling_row(name: str, nbytes: int, times: Times) -> dict[str, Any]:
-    """Describe a ceiling: ``nbytes`` counts what is read and what is written."""
-    return {
-        "operation": "ceiling",
-        "format": "",
-        "batch": 1,
-        "tokens": 0,
-        "how": name,
-        "ms median": 1e3 * times.median,
-        "ms best": 1e3 * times.best,
-        "GB moved": nbytes / 1e9,
-        "GB/s": nbytes / times.median / 1e9,
-        "of copy bandwidth": None,
-        "speed vs torch bf16": None,
-    }
+def ratios(times: Times, baselines: Mapping[str, Times]) -> dict[str, float]:
+    """Return how many times faster a call is than each baseline, and than the best of a kind."""
+    rows = {f"x {name}": other.median / times.median for name, other in baselines.items()}
+    for kind in ("bf16", "fp8"):
+        best = [other.median for name, other in baselines.items() if kind in name.split()]
+        if best:
+            rows[f"x best {kind}"] = min(best) / times.median
+    return rows
+
+
+def crossover(rows: Iterable[Mapping[str, Any]], form: str = "k4v4") -> list[dict[str, Any]]:
+    """Return, per batch size of the grid, the contexts at which bfloat16 is faster, and not."""
+    found: dict[int, list[tuple[int, float]]] = {}
+    for row in rows:
+        plain = tuple(row.get(name) for name in ("format", "group", "d", "page", "lengths"))
+        if plain == (form, 4, 128, 64, "equal") and row.get("x best bf16") is not None:
+            found.setdefault(row["batch"], []).append((row["tokens"], row["x best bf16"]))
+    return [
+        {
+            "batch": batch,
+            "bf16 faster up to": max((t for t, x in pairs if x < 1), default=0),
+            f"{form} faster from": min((t for t, x in pairs if x >= 1), default=None),
+            **{f"{tokens} tokens": ratio for tokens, ratio in sorted(pairs)},
+        }
+        for batch, pairs in sorted(found.items())
+    ]
 
 
 def file_name(device: str) -> str:

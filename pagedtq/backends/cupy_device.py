@@ -166,13 +166,20 @@ class CupyDevice:
         """Run a kernel, built first where this specialisation is new; empty grids do nothing."""
         if 0 in launch.grid:
             return
-        key = (launch.file, launch.kernel, tuple(launch.macros.items()))
         with self._device:
-            kernel = self._kernels.get(key)
-            if kernel is None:
-                self._refuse_capture("build a kernel")
-                kernel = self._kernels[key] = self._build(launch)
+            kernel = self._built(launch)
             kernel(launch.grid, (BLOCK,), tuple(map(_argument, launch.arguments)))
+
+    def build(self, launch: Launch) -> None:
+        """Build a kernel ahead of its first launch; threads may do so side by side.
+
+        Raises
+        ------
+        KernelCompileError
+            Naming the specialisation.
+        """
+        with self._device:
+            self._built(launch)
 
     def record(self) -> Any:
         """Mark the current stream."""
@@ -200,6 +207,14 @@ class CupyDevice:
                 finally:
                     # A capture that is left open would poison the stream for good.
                     graph.graph = stream.end_capture()
+
+    def _built(self, launch: Launch) -> Any:
+        key = (launch.file, launch.kernel, tuple(launch.macros.items()))
+        kernel = self._kernels.get(key)
+        if kernel is None:
+            self._refuse_capture("build a kernel")
+            kernel = self._kernels[key] = self._build(launch)
+        return kernel
 
     def _build(self, launch: Launch) -> Any:
         special = kernel_source.specialise(launch.file, launch.macros)

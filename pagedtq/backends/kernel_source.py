@@ -89,10 +89,12 @@ def compile_options(special: Specialisation) -> tuple[str, ...]:
     """Return NVRTC options of a specialisation, architecture left out.
 
     The digest of all sources is among them: compiler caches hash options, not included headers.
+    A file elsewhere, named by its path, finds headers beside it too.
     """
+    folder = kernel_folder()
     return (
         "-std=c++17",
-        f"-I{kernel_folder()}",
+        *(f"-I{place}" for place in dict.fromkeys((folder, (folder / special.file).parent))),
         f"-DPAGEDTQ_SOURCE_DIGEST=0x{source_digest()[:16]}ull",
         *(f"-D{name}={value}" for name, value in special.macros),
     )

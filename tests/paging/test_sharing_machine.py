@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
+    initialize,
     invariant,
     precondition,
     rule,
@@ -41,6 +42,16 @@ def machine_for(page_size, window, num_sinks, algorithm, totals, retained=False)
             self.retention = None
             if retained:
                 self.retention = Retention(self.cache.tables, 0.2, lambda: self.now)
+
+        @initialize(twins=st.booleans())
+        def begin(self, twins):
+            # Drawn prompts meet by chance; with these, every other run shares from the start.
+            for _ in range(2 if twins else 0):
+                self.open_whole([at % 3 for at in range(3 * page_size + 1)], SALTS[0])
+
+        def open_whole(self, prompt, salt):
+            seq_id = self.cache.open_with(prompt, salt)
+            self.cache.append({seq_id: len(prompt) - len(self.cache.model[seq_id].tokens)})
 
         @precondition(lambda self: len(self.cache.model) < 7)
         @rule(

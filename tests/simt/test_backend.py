@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from harness_device import HarnessDevice
 
-from benchmarks.gpu import operations, workloads
-from benchmarks.gpu.workloads import quick
 from pagedtq import Exact, LayerOverride
 from tests.parity.cases import make_config, small_cases
 from tests.parity.claims import *  # noqa: F403
@@ -63,18 +61,6 @@ def _count(device, kernel):
 def test_arrays_of_the_device_and_of_numpy_do_not_mix(device):
     with pytest.raises(TypeError, match="mixes"):
         device.zeros((3,), np.float32) + np.ones(3, np.float32)
-
-
-@pytest.mark.parametrize("workload", quick(), ids=lambda row: f"{row.operation}-{row.form}")
-def test_what_the_gpu_benchmark_measures_runs(device, workload, monkeypatch):
-    # Two heads and one dimension for which the kernels are compiled already.
-    for module in (workloads, operations):
-        monkeypatch.setattr(module, "KV_HEADS", 2)
-        monkeypatch.setattr(module, "DIM", 64)
-    prepared = operations.Prepared(workload, device)
-    prepared.eager()
-    if prepared.captured is not None:
-        prepared.captured()
 
 
 def test_a_captured_graph_holds_the_planner_once_per_pass_over_the_layers(device):

@@ -1,9 +1,11 @@
-"""The stages that run as other processes: the GPU suite and compute-sanitizer."""
+"""What runs as a process of its own: a fault of one stage leaves the others alone."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +27,11 @@ def pytest_command(*options: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", *options]
 
 
+def parallel_options(workers: int = 8) -> list[str]:
+    """Return pytest's options for several processes on one device, where that is installed."""
+    return ["-n", str(workers)] if importlib.util.find_spec("xdist") is not None else []
+
+
 def find_sanitizer() -> str | None:
     """Return compute-sanitizer's path; None if it is not installed."""
     found = shutil.which("compute-sanitizer")
@@ -39,6 +46,17 @@ def sanitizer_command(tool: str, path: str) -> list[str]:
     return [path, *options, *pytest_command("-x", "-k", SMALL)]
 
 
+def simulate_command(report: Path, quick: bool) -> list[str]:
+    """Return the command that stores and decodes an 8B model's requests for real."""
+    counts = ("2", "2") if quick else ("16", "8")
+    return [
+        *(sys.executable, "-m", "pagedtq", "simulate", "--model", "llama-3.1-8b"),
+        *("--formats", "fp16,k4v4", "--requests", "64", "--budget", "128GiB"),
+        *("--execute", counts[0], "--execute-steps", counts[1], "--backend", "cuda"),
+        *("--no-plots", "--json", "--out", str(report)),
+    ]
+
+
 def run_stage(
     name: str,
     command: Sequence[str],
@@ -50,36 +68,37 @@ def run_stage(
     Returns
     -------
     dict
-        ``stage``, ``state`` (``passed``, ``failed``, ``out of time``), ``seconds``, ``tests``, and
-        for what failed the end of its ``output``.
+        ``stage``, ``state`` (``passed``, ``failed``, ``out of time``), ``seconds``, ``tests``, the
+        end of its ``output``.
     """
     begin = time.perf_counter()
-    environment = {**os.environ, "PAGEDTQ_REQUIRE_GPU": "1", **(extra or {})}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PAGEDTQ_REQUIRE_GPU": "1", **(extra or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=max(1.0, seconds),
-            check=False,
-        )
-        output, state = done.stdout, "passed" if done.returncode == 0 else "failed"
-    except subprocess.TimeoutExpired as error:
-        raw = error.stdout or b""
-        output = raw.decode(errors="replace") if isinstance(raw, bytes) else raw
+        output, _ = process.communicate(timeout=max(1.0, seconds))
+        state = "passed" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        # What it started goes too: it would hold the device's memory.
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
         state = "out of time"
-    stage = {
+    return {
         "stage": name,
         "state": state,
         "seconds": time.perf_counter() - begin,
         "tests": suite_counts(output),
+        "output": output[-4000:],
     }
-    return stage if state == "passed" else {**stage, "output": output[-4000:]}
 
 
 def skipped(name: str, reason: str) -> dict[str, Any]:
     """Describe a stage that did not run."""
-    return {"stage": name, "state": f"not run: {reason}", "seconds": 0.0, "tests": {}}
+    return {"stage": name, "state": f"not run: {reason}", "seconds": 0.0, "tests": {}, "output": ""}
