@@ -8,9 +8,9 @@
 // bytes     reads each readable extent once per unit; writes (head_dim + 1) * 4 per query row
 // host twin pagedtq/backends/host_attend.py (PageAttention.attend), normalised per part as there
 //
-// Specialised by HEAD_DIM, KEY_FORMAT, VALUE_FORMAT (streams.cuh), KEY_PROD, COLUMN_TILES (8 query
-// rows each), SOFT_CAP, TILE_TOKENS (16, 32 or 64, at most the page size) and KEY_INT8. Page size,
-// strides, group and number of pages are run-time values.
+// Specialised by HEAD_DIM, KEY_FORMAT, VALUE_FORMAT (formats.cuh), KEY_PROD, COLUMN_TILES (8 query
+// rows each), SOFT_CAP, TILE_TOKENS (16, 32 or 64, at most the page size), KEY_INT8, VALUE_INT8 and
+// CUDA_CORES. Page size, strides, group and number of pages are run-time values.
 //
 // KEY_INT8 multiplies keys of width 2, 3 or 4 as unsigned bytes (mma.m16n8k32, exact integer sums):
 // table values are half-integers j + 1/2, so a code decodes to the byte 128 + j or 127 - j with one
@@ -27,14 +27,20 @@
 // all others the loop with loads one tile ahead. Slots that were never written may hold NaN: what
 // a mask excludes is replaced, never multiplied by zero. The null page is not read.
 
-#include "softmax.cuh"
+#if VALUE_INT8
+#include "byte_values.cuh"
+#else
+#include "half_values.cuh"
+#endif
 
 // Blocks that share a multiprocessor: three where 168 registers do without spilling, which depends
 // on how the compiler schedules for an architecture.
 #if COLUMN_TILES > 1 || KEY_PROD || SOFT_CAP || HEAD_DIM > 128 || KEY_FORMAT > 8 || \
-    VALUE_FORMAT > 8 || CUDA_CORES
+    VALUE_FORMAT > 8 || CUDA_CORES || (VALUE_INT8 && KEY_FORMAT + VALUE_FORMAT > 4) ||         \
+    (HEAD_DIM % 64 != 0 && KEY_FORMAT == 3 && VALUE_FORMAT == 3)
 #define BLOCKS 2
-#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ / 100 == 10)
+#elif defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ / 100 == 10 || \
+                                 (VALUE_INT8 && __CUDA_ARCH__ / 100 == 12))
 #define BLOCKS 2
 #else
 #define BLOCKS (is_tuned(KEY_FORMAT, HEAD_DIM) && is_tuned(VALUE_FORMAT, HEAD_DIM) ? 3 : 2)
@@ -76,13 +82,14 @@ DEVICE void attend_cut(int begin, int end, const Unit& unit, const AttendShape& 
         keys.load(extent, shape, first, unit.g, unit.t);
         values.load(extent, shape, first, unit.g, unit.t);
         norms.load_keys(extent + 2 * first, shape, unit.g, unit.t);
-        norms.load_values(extent + 2 * first, shape, unit.t);
+        norms.load_values(extent + 2 * first, shape, unit.g, unit.t);
         Scores<1> scores;
         score_tile(keys, norms, queries, key_table, shape.soft_cap, scores);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int token = position + 8 * half + unit.g;
             const bool inside = unit.reach.allows(token);
+            if (VALUE_INT8 && !inside) norms.values[0][half] = 0;
 #pragma unroll
             for (int j = 0; j < COLUMN_TILES; ++j) {
 #pragma unroll
@@ -94,13 +101,15 @@ DEVICE void attend_cut(int begin, int end, const Unit& unit, const AttendShape& 
                 }
             }
         }
-        // All lanes together hold all norms once more; NaN of an unreadable one must not count.
-        const u32 sample = max(norms.values[0][0] & readable[0][0] & 0xffff0000u,
+        if constexpr (kValueNorms && !VALUE_INT8) {
+            // All lanes together hold all norms once more; NaN of an unreadable one must not count.
+            norms.sample = max(norms.values[0][0] & readable[0][0] & 0xffff0000u,
                                norms.values[0][1] & readable[0][1] & 0xffff0000u) |
                            max(norms.values[0][0] & readable[0][0] & 0xffffu,
                                norms.values[0][1] & readable[0][1] & 0xffffu);
-        u32 weights[1][COLUMN_TILES][2];
-        weigh_tile(state, queries, scores, kValueNorms ? sample : 0, weights);
+        }
+        Weights<1> weights;
+        weigh_tile(state, queries, scores, norms, weights);
         add_values<true>(state, values, norms, value_table, weights, readable);
     }
 }
@@ -136,13 +145,13 @@ DEVICE void attend_whole(int begin, int end, const Unit& unit, const AttendShape
         norms.load_keys(norm_base, shape, unit.g, unit.t);
         Scores<SUBTILES> scores;
         score_tile(keys, norms, queries, key_table, shape.soft_cap, scores);
-        norms.load_values(norm_base, shape, unit.t);
+        norms.load_values(norm_base, shape, unit.g, unit.t);
         tile = next_resident(tile + WARPS, end, unit, shape, page);
         extent = unit.extents + page * shape.page_stride;
         first = tile * TILE_TOKENS & in_page;
         norm_base = extent + 2 * first;
-        u32 weights[SUBTILES][COLUMN_TILES][2];
-        weigh_tile(state, queries, scores, norms.sample, weights);
+        Weights<SUBTILES> weights;
+        weigh_tile(state, queries, scores, norms, weights);
         if (tile < end) keys.load(extent, shape, first, unit.g, unit.t);
         add_values<false>(state, values, norms, value_table, weights, nullptr);
         if (tile >= end) break;
@@ -168,6 +177,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
     __shared__ Reach reach;
     __shared__ float references[WARPS][COLUMNS], masses[WARPS][COLUMNS];
     __shared__ float merged[COLUMNS * PADDED_DIM];
+    __shared__ __align__(16) QueryStore store;
     __shared__ float shifts[COLUMNS];
 
     const int index = blockIdx.x, head = blockIdx.y, thread = threadIdx.x;
@@ -206,7 +216,8 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
                        block_table + static_cast<i64>(sequence) * shape.table_stride,
                        reach, last, floor, warp, g, t};
     Queries queries;
-    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, shifts, g, t);
+    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, store, shifts, g,
+                 t);
 #if SOFT_CAP
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {
@@ -234,6 +245,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
         }
     }
 
+    complete(state);
     // The four warps' states become one, in the order of the warps.
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {
@@ -267,6 +279,7 @@ attend(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ b
                 mass += masses[w][column] * ex2(references[w][column] - reference);
             }
             factor[j][c] = none ? 0.0f : ex2(references[warp][column] - reference) / mass;
+            if (VALUE_INT8) factor[j][c] *= shape.value_unit;
             if (warp == 0 && g == 0 && column < num_columns) {
                 float value = none ? NO_SCORE : (reference + lg2(mass)) * 0.693147181f;
                 if (!SOFT_CAP && shape.has_offsets) value += offsets[row_index[column]];

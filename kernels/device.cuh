@@ -109,6 +109,15 @@ DEVICE void mma_u8s8(int* d, const u32* a, u32 b0, u32 b1) {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same with s8 times u8.
+DEVICE void mma_s8u8(int* d, const u32* a, u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // Transpose an 8 x 8 matrix of 16-bit elements, lane l holding elements 2 (l % 4) and the next of
 // row l / 4.
 DEVICE u32 movmatrix_trans(u32 x) {
@@ -147,13 +156,33 @@ DEVICE u8 ldg8(const void* p) {
     asm("ld.global.nc.u8 %0, [%1];" : "=r"(v) : "l"(p));
     return static_cast<u8>(v);
 }
+// Loads of shared memory that are not hoisted out of loops: what they bring is not to hold registers.
+DEVICE u32 shared_address(const void* p) {
+    u32 at;
+    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(at) : "l"(p));
+    return at;
+}
+DEVICE uint4 lds128(const void* p) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared_address(p)));
+    return v;
+}
+DEVICE uint2 lds64(const void* p) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(v.x), "=r"(v.y)
+                 : "r"(shared_address(p)));
+    return v;
+}
 DEVICE void stg128(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 
 // Copy 16 bytes to shared memory behind the thread's back; visible after a wait and a barrier.
 DEVICE void cp_async16(void* shared, const void* global) {
-    u32 at;
-    asm("{ .reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t; }" : "=r"(at) : "l"(shared));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+                 "l"(global)
+                 : "memory");
 }
 DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Wait until at most `pending` of the thread's newest groups are still on their way.
@@ -184,6 +213,11 @@ DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 DEVICE float ex2(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+DEVICE float reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
     return r;
 }
 DEVICE float lg2(float x) {

@@ -133,6 +133,30 @@ DEVICE void decode_key_bytes3(u32 word, u32 signs, const Table& table, u32* quad
     decode_byte_fields(word, 0x44444444u, signs, table, quads);
 }
 
+// Values: four tokens of a channel make a quad, which come from two words, each of two tokens. Bytes
+// of one word are token 0 and 1 of channel a and of channel b, in the order 0a 0b 1a 1b; tables hold
+// the code less 128, a signed byte j or -1 - j, so that what is 1/2 too little is small beside it.
+DEVICE void join_tokens(u32 first, u32 second, u32& quad_a, u32& quad_b) {
+    quad_a = prmt(first, second, 0x6420u);
+    quad_b = prmt(first, second, 0x7531u);
+}
+
+// Channels a and b are `odd` and `odd` + 2 of the word, and four behind them. Width 2: no signs.
+DEVICE void decode_value_bytes3(u32 word, u32 sign_mask, u32 signs, int odd, const Table& table,
+                                u32* bytes) {
+    u32 index = (word >> 2 * odd) & 0x33333333u;
+    index = lop3<0xF8>(index, signs << (2 - odd), sign_mask);
+    bytes[0] = prmt(table.low[0], table.low[1], index);
+    bytes[1] = prmt(table.low[0], table.low[1], index >> 16);
+}
+
+// Width 4: channels 0 and 1 of the word, and 2 and 3.
+DEVICE void decode_value_bytes4(u32 word, const Table& table, u32* bytes) {
+    const u32 index = word & 0x77777777u, left = word << 4;
+    bytes[0] = prmt(table.low[0], table.low[1], index) ^ prmt(left, word, 0xD9C8u);
+    bytes[1] = prmt(table.low[0], table.low[1], index >> 16) ^ prmt(left, word, 0xFBEAu);
+}
+
 // Width 4: quads of elements 0 to 3 and 4 to 7; moved signs become masks in sign-replicate mode.
 DEVICE void decode_key_bytes4(u32 word, const Table& table, u32* quads) {
     const u32 index = word & 0x77777777u;

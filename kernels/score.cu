@@ -32,6 +32,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 4)
           const int* __restrict__ splits, const i64* __restrict__ sequence_starts,
           const i64* __restrict__ block_starts, float* __restrict__ scores) {
     __shared__ int row_index[COLUMNS];
+    __shared__ __align__(16) QueryStore store;
     __shared__ float shifts[COLUMNS];
     __shared__ Reach reach;
     const int index = blockIdx.x, head = blockIdx.y, thread = threadIdx.x;
@@ -57,7 +58,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 4)
     sync_block();
 
     Queries queries;
-    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, shifts, g, t);
+    load_queries(queries, shape, query_rows, query_scales, sketches, row_index, store, shifts, g,
+                 t);
     const StreamTable table = key_table_of(shape, key_entries);
     const i64 total = sequence_starts[shape.batch];
     const i64 sequence_start = sequence_starts[sequence];

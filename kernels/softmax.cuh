@@ -1,6 +1,6 @@
-// The running softmax of one warp, and the weighted sum of values.
+// The running softmax of one warp.
 //
-// what      largest scores, weights, sums; folding a tile into them
+// what      largest scores, the reference they are counted from, sums
 // mapping   fragments: columns are query rows, rows channels
 // bytes     none moved
 // host twin pagedtq/backends/host_attend.py (PageAttention.attend)
@@ -16,6 +16,9 @@ struct State {
     float mass[COLUMN_TILES][2];       // this lane's share
     float weight_bits;                 // 14 - e: the largest score exceeds the reference by this
     u32 norm_limit;                    // f16 bits of 2^(e + 1)
+#if VALUE_INT8
+    float norms[COLUMN_TILES][2];      // weights times value norms, this lane's share
+#endif
 };
 
 // Below every score, yet finite, so that weights of what is masked are zero from the first tile on.
@@ -33,6 +36,9 @@ DEVICE void clear(State& state) {
         for (int c = 0; c < 2; ++c) {
             state.reference[j][c] = NO_REFERENCE;
             state.mass[j][c] = 0.0f;
+#if VALUE_INT8
+            state.norms[j][c] = 0.0f;
+#endif
         }
     }
     state.weight_bits = 14.0f;
@@ -48,7 +54,7 @@ DEVICE float score_scale(const Queries& queries, int j, int c) {
 // lane's tokens.
 DEVICE void raise_reference(State& state, float (*tile_top)[2], u32 sample) {
     const float bits = state.weight_bits;
-    if constexpr (kValueNorms) {
+    if constexpr (kValueNorms && !VALUE_INT8) {
         while (vote_any((sample & 0xffff) > state.norm_limit || (sample >> 16) > state.norm_limit)) {
             state.norm_limit += 0x0400u;
             state.weight_bits -= 1.0f;
@@ -67,6 +73,9 @@ DEVICE void raise_reference(State& state, float (*tile_top)[2], u32 sample) {
             decay[c] = ex2(state.reference[j][c] - reference);
             state.reference[j][c] = reference;
             state.mass[j][c] *= decay[c];
+#if VALUE_INT8
+            state.norms[j][c] *= decay[c];
+#endif
         }
 #pragma unroll
         for (int i = 0; i < OUTPUT_TILES; ++i) {
@@ -76,10 +85,11 @@ DEVICE void raise_reference(State& state, float (*tile_top)[2], u32 sample) {
     }
 }
 
-// Fold a tile's scores into the state; `weights` become right operands: halves of two tokens.
+// Make the reference follow a tile's scores, and its value norms (`sample`) where weights times norms
+// are halves.
 template <int subtiles>
-DEVICE void weigh_tile(State& state, const Queries& queries, const Scores<subtiles>& scores,
-                       u32 sample, u32 (*weights)[COLUMN_TILES][2]) {
+DEVICE void follow_tile(State& state, const Queries& queries, const Scores<subtiles>& scores,
+                        u32 sample) {
     float tile_top[COLUMN_TILES][2];
     bool raise = false;
 #pragma unroll
@@ -95,64 +105,19 @@ DEVICE void weigh_tile(State& state, const Queries& queries, const Scores<subtil
             raise |= tile_top[j][c] > state.reference[j][c] + state.weight_bits;
         }
     }
-    if constexpr (kValueNorms) {
+    if constexpr (kValueNorms && !VALUE_INT8) {
         const u32 limit = state.norm_limit << 16;
         raise |= sample > (limit | 0xffff) || (sample << 16) > limit;
     }
     if (vote_any(raise)) raise_reference(state, tile_top, sample);
-#pragma unroll
-    for (int s = 0; s < subtiles; ++s) {
-#pragma unroll
-        for (int j = 0; j < COLUMN_TILES; ++j) {
-            float weight[4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                weight[k] = ex2(scores.at[s][j][k] * score_scale(queries, j, k & 1) -
-                                state.reference[j][k & 1]);
-                state.mass[j][k & 1] += weight[k];
-            }
-            weights[s][j][0] = transpose_pairs(h2_from(weight[0], weight[1]));
-            weights[s][j][1] = transpose_pairs(h2_from(weight[2], weight[3]));
-        }
-    }
 }
 
-// Add weighted values; `readable` masks token pairs of tiles that are not readable throughout.
-template <bool cut, int subtiles>
-DEVICE void add_values(State& state, const ValueTile<subtiles>& values,
-                       const NormTile<subtiles>& norms, const StreamTable& table, u32 (*weights)[COLUMN_TILES][2],
-                       const u32 (*readable)[2]) {
+// Weights of 16 tokens in column tile j, added to the masses.
+DEVICE void weigh(State& state, const Queries& queries, const float* scores, int j,
+                  float* weights) {
 #pragma unroll
-    for (int s = 0; s < subtiles; ++s) {
-        if constexpr (kValueNorms) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                u32 pair = norms.values[s][half];
-                if (cut) pair &= readable[s][half];
-#pragma unroll
-                for (int j = 0; j < COLUMN_TILES; ++j) {
-                    weights[s][j][half] = h2_mul(weights[s][j][half], pair);
-                }
-            }
-        }
-#pragma unroll
-        for (int step = 0; step < ValueRow::kSteps; ++step) {
-            u32 first[ValueRow::kPairs], second[ValueRow::kPairs];
-            values.rows[s][0].decode(step, table, first);
-            values.rows[s][1].decode(step, table, second);
-#pragma unroll
-            for (int n = 0; n < ValueRow::kPairs; n += 2) {
-                u32 left[4] = {first[n], first[n + 1], second[n], second[n + 1]};
-                if (cut && !kValueNorms) {
-                    left[0] &= readable[s][0], left[1] &= readable[s][0];
-                    left[2] &= readable[s][1], left[3] &= readable[s][1];
-                }
-#pragma unroll
-                for (int j = 0; j < COLUMN_TILES; ++j) {
-                    multiply_f16(state.sums[j][(step * ValueRow::kPairs + n) / 2], left,
-                                 weights[s][j][0], weights[s][j][1]);
-                }
-            }
-        }
+    for (int k = 0; k < 4; ++k) {
+        weights[k] = ex2(scores[k] * score_scale(queries, j, k & 1) - state.reference[j][k & 1]);
+        state.mass[j][k & 1] += weights[k];
     }
 }

@@ -2,7 +2,7 @@
 //
 // what      what a launch is told about pages and queries; which positions are read; loads of keys,
 //           values and norms of a tile
-// mapping   lane = 4 g + t as in streams.cuh; a tile is a multiple of 16 tokens
+// mapping   lane = 4 g + t as in keys.cuh and values.cuh; a tile is a multiple of 16 tokens
 // bytes     the tile's planes, once
 // host twin pagedtq/backends/attend_arguments.py (AttendShape), host_attend.py (Span, Rows)
 //
@@ -10,7 +10,8 @@
 
 #pragma once
 
-#include "streams.cuh"
+#include "keys.cuh"
+#include "values.cuh"
 
 #define WARPS 4
 #define COLUMNS (8 * COLUMN_TILES)
@@ -35,7 +36,7 @@ constexpr bool kValueNorms = !is_exact(VALUE_FORMAT);
 struct AttendShape {
     i64 page_stride, head_stride;
     StreamPlanes keys, values;
-    Table key_table, value_table;
+    Table key_table, value_table;  // VALUE_INT8: codes as bytes, in value_table.low
     u32 key_bytes[2];  // KEY_INT8: codes as bytes (fragments.cuh)
     u32 qjl_signs, residual_norms;
     int page_shift;    // log2 of the page size
@@ -46,6 +47,7 @@ struct AttendShape {
     int window_left;   // negative: none
     float soft_cap;    // with SOFT_CAP
     float key_unit;    // KEY_INT8: the unit of the key table's half-integers
+    float value_unit;  // VALUE_INT8
     int has_offsets;   // key means were subtracted: `offsets` holds sm_scale * q . mean
 };
 
@@ -168,7 +170,8 @@ struct KeyTile {
 
 template <int n>
 struct ValueTile {
-    ValueRow rows[n][2];
+    typedef ValueRow Row;
+    Row rows[n][2];
 
     DEVICE void load(const u8* extent, const AttendShape& shape, int first, int g, int t) {
         const Source source = ValueRow::source(extent, shape.values, first + 2 * t, g);
@@ -189,13 +192,13 @@ template <int n>
 struct NormTile {
     u16 keys[n][2];
     u16 residuals[n][2];  // with KEY_PROD
-    u32 values[n][2];     // of token pairs
+    u32 values[n][2];     // of token pairs; VALUE_INT8: of tokens, as keys
     u32 sample;           // value norms of two tokens, all tokens over the warp
 
     // `norms`: two bytes per token further than the extent.
     DEVICE void load_keys(const u8* norms, const AttendShape& shape, int g, int t) {
         sample = 0;
-        if constexpr (kValueNorms) {
+        if constexpr (kValueNorms && !VALUE_INT8) {
             sample = ldg32(norms + (shape.values.norms + (4 * (4 * g + t) & (32 * n - 1))));
         }
         const u8* key_plane = norms + (shape.keys.norms + 2 * g);
@@ -210,14 +213,17 @@ struct NormTile {
             }
         }
     }
-    DEVICE void load_values(const u8* norms, const AttendShape& shape, int t) {
-        const u8* value_plane = norms + (shape.values.norms + 4 * t);
+    DEVICE void load_values(const u8* norms, const AttendShape& shape, int g, int t) {
+        const u8* value_plane = norms + (shape.values.norms + (VALUE_INT8 ? 2 * g : 4 * t));
 #pragma unroll
         for (int s = 0; s < n; ++s) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                if constexpr (kValueNorms) {
-                    values[s][half] = ldg32(value_plane + 2 * (16 * s + 8 * half));
+                const u8* from = value_plane + 2 * (16 * s + 8 * half);
+                if constexpr (VALUE_INT8) {
+                    values[s][half] = ldg16(from);
+                } else if constexpr (kValueNorms) {
+                    values[s][half] = ldg32(from);
                 }
             }
         }

@@ -18,7 +18,17 @@ from ..errors import UnsupportedError
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
 from .score_places import block_counts
-from .stream_formats import coded, is_prod, prefers_int8, stream_format, takes_int8, tile_tokens
+from .stream_formats import (
+    coded,
+    column_tiles_of,
+    is_prod,
+    prefers_int8,
+    prefers_int8_values,
+    stream_format,
+    takes_int8,
+    takes_int8_values,
+    tile_tokens,
+)
 
 Array = npt.NDArray[Any]
 
@@ -48,6 +58,7 @@ ATTEND_SHAPE = np.dtype(
         ("window_left", "<i4"),
         ("soft_cap", "<f4"),
         ("key_unit", "<f4"),
+        ("value_unit", "<f4"),
         ("has_offsets", "<i4"),
     ],
     align=True,
@@ -75,6 +86,8 @@ class AttendKernel(NamedTuple):
         Keys are multiplied as bytes, with query rows in two 8-bit terms, instead of as halves.
     cuda_cores : bool
         Products without matrix instructions.
+    int8_values : bool
+        Values are multiplied as bytes, with weights in two 8-bit terms, instead of as halves.
     """
 
     head_dim: int
@@ -86,6 +99,7 @@ class AttendKernel(NamedTuple):
     tile_tokens: int
     int8_keys: bool
     cuda_cores: bool = False
+    int8_values: bool = False
 
     @property
     def columns(self) -> int:
@@ -103,6 +117,7 @@ class AttendKernel(NamedTuple):
             "SOFT_CAP": int(self.soft_cap),
             "TILE_TOKENS": self.tile_tokens,
             "KEY_INT8": int(self.int8_keys),
+            "VALUE_INT8": int(self.int8_values),
             "CUDA_CORES": int(self.cuda_cores),
         }
 
@@ -114,6 +129,7 @@ def attend_kernel(
     soft_cap: bool,
     int8_keys: bool | None = None,
     arch: int = 80,
+    int8_values: bool | None = None,
 ) -> AttendKernel:
     """Choose the specialisation for a layer.
 
@@ -132,12 +148,15 @@ def attend_kernel(
     arch : int
         The device's compute capability without the dot, or what it can run: 80 and more have all
         matrix instructions, 75 those on halves, less none.
+    int8_values : bool, optional
+        Multiply values as bytes, 8 query rows at a time; by default where `prefers_int8_values`,
+        from sm_90 on.
 
     Raises
     ------
     UnsupportedError
-        If keys that `takes_int8` refuses are to be multiplied as bytes; for a head dim above
-        `MAX_HEAD_DIM`.
+        If keys or values that `takes_int8` refuses are to be multiplied as bytes; for a head dim
+        above `MAX_HEAD_DIM`.
     """
     config = layout.config
     if config.head_dim > MAX_HEAD_DIM:
@@ -146,19 +165,20 @@ def attend_kernel(
         )
     keys, values = (stream_format(codec) for codec in config.layer_codecs(layer))
     prod = is_prod(config.layer_codecs(layer)[0])
-    column_tiles = 1 if rows <= 8 else 2
+    column_tiles = column_tiles_of(config.head_dim, rows, keys, values, prod)
     if int8_keys is None:
         int8_keys = arch >= 80 and prefers_int8(config.head_dim, keys, prod)
-    elif int8_keys and arch < 80:
-        raise UnsupportedError(f"keys are multiplied as bytes from sm_80 on, got sm_{arch}")
-    elif int8_keys and not takes_int8(config.head_dim, keys, prod):
-        raise UnsupportedError(
-            "keys are multiplied as bytes for the MSE estimator of 2 bits in head dims 64, 128, "
-            "192 and 256, of 3 bits in 64, 128 and 256, of 4 bits in multiples of 32 up to 256; "
-            f"got {config.layer_codecs(layer)[0]} with head_dim {config.head_dim}"
+    elif int8_keys:
+        _require_int8("keys", config.layer_codecs(layer)[0], config.head_dim, arch)
+    if int8_values is None:
+        int8_values = (arch >= 90 and int8_keys) and prefers_int8_values(
+            config.head_dim, keys, values, column_tiles, config.page_size
         )
+    elif int8_values:
+        _require_int8("values", config.layer_codecs(layer)[1], config.head_dim, arch)
+        column_tiles = 1
     cuda_cores = arch < 75
-    tile = tile_tokens(config.head_dim, keys, values, column_tiles, int8_keys)
+    tile = tile_tokens(config.head_dim, keys, values, column_tiles, int8_keys, prod, int8_values)
     return AttendKernel(
         config.head_dim,
         keys,
@@ -169,7 +189,23 @@ def attend_kernel(
         16 if cuda_cores else min(tile, config.page_size),
         int8_keys,
         cuda_cores,
+        int8_values,
     )
+
+
+def _require_int8(stream: str, codec: Codec, head_dim: int, arch: int) -> None:
+    """Refuse to multiply a stream as bytes where the kernels cannot."""
+    if arch < 80:
+        raise UnsupportedError(f"{stream} are multiplied as bytes from sm_80 on, got sm_{arch}")
+    form = stream_format(codec)
+    values = stream == "values"
+    able = takes_int8_values(head_dim, form) if values else takes_int8(head_dim, form)
+    if not able or is_prod(codec):
+        raise UnsupportedError(
+            f"{stream} are multiplied as bytes for the MSE estimator of 2 to 4 bits in head dims "
+            f"that are multiples of 32 (below 4 bits from 64 on) up to 256"
+            f"{' (4 bits: 192)' if values else ''}; got {codec} with head_dim {head_dim}"
+        )
 
 
 def table_entries(codec: Codec, head_dim: int) -> Array:
@@ -204,6 +240,7 @@ def attend_shape(
     window_left: int | None = None,
     soft_cap: float | None = None,
     has_offsets: bool = False,
+    int8_values: bool = False,
 ) -> np.void:
     """Fill the kernel's struct for a launch.
 
@@ -223,6 +260,8 @@ def attend_shape(
         Cap of the logits.
     has_offsets : bool
         Whether key means were subtracted.
+    int8_values : bool
+        Whether the kernel multiplies values as bytes.
     """
     config, extent = layout.config, layout.extents[layer]
     keys, values = config.layer_codecs(layer)
@@ -242,11 +281,17 @@ def attend_shape(
         entries = np.zeros(8, np.uint16)
         known = table_entries(codec, config.head_dim)[:8]
         entries[: len(known)] = known
-        if stream == "key" and takes_int8(config.head_dim, stream_format(codec), is_prod(codec)):
-            shape["key_bytes"] = _byte_table(codec, config.head_dim).view("<u4")
-            shape["key_unit"] = 2.0 ** -codebook(config.head_dim, coded(codec).code_bits).exponent
         shape[stream + "_table"]["high"] = (entries >> 8).astype(np.uint8).view("<u4")
         shape[stream + "_table"]["low"] = entries.astype(np.uint8).view("<u4")
+        if takes_int8(config.head_dim, stream_format(codec), is_prod(codec)):
+            unit = 2.0 ** -codebook(config.head_dim, coded(codec).code_bits).exponent
+            shape[stream + "_unit"] = unit
+            table = _byte_table(codec, config.head_dim)
+            if stream == "key":
+                shape["key_bytes"] = table.view("<u4")
+            elif int8_values:
+                # Signed bytes, 128 less.
+                shape["value_table"]["low"] = (table ^ 128).view("<u4")
     shape["page_stride"] = layout.page_strides[layer]
     shape["head_stride"] = extent.nbytes
     shape["qjl_signs"] = offset("key_qjl_signs")

@@ -212,7 +212,7 @@ class AttentionLaunches:
         soft_cap: float | None,
     ) -> Launch:
         """Attend over pages: one partial state per unit, KV head and column."""
-        shape = self._shape(buffers, group, window_left, soft_cap)
+        shape = self._shape(buffers, group, window_left, soft_cap, kernel.int8_values)
         return Launch(
             "attend.cu",
             "attend",
@@ -334,6 +334,7 @@ class AttentionLaunches:
         group: int,
         window_left: int | None,
         soft_cap: float | None,
+        int8_values: bool = False,
     ) -> np.void:
         batch, stride = buffers.table.shape
         return attend_shape(
@@ -345,6 +346,7 @@ class AttentionLaunches:
             window_left=window_left,
             soft_cap=soft_cap,
             has_offsets=self.has_offsets,
+            int8_values=int8_values,
         )
 
 

@@ -55,6 +55,10 @@ class CudaBackend:
     split_tokens : int, optional
         Cut sequences into parts of so many tokens whatever the batch, so that a sequence gets the
         same result to the bit alone and in any batch. By default parts fill the device.
+    int8_values : bool, optional
+        Multiply values as bytes: True wherever they are coded in 2 to 4 bits and the device and the
+        head dim allow it, False nowhere; by default 2-bit values beside 2-bit keys,
+        from sm_90 on.
 
     Attributes
     ----------
@@ -88,6 +92,7 @@ class CudaBackend:
         device: Device | None = None,
         validate: bool = False,
         split_tokens: int | None = None,
+        int8_values: bool | None = None,
     ) -> None:
         refuse_unsupported(config)
         if split_tokens is not None:
@@ -97,6 +102,7 @@ class CudaBackend:
 
             device = CupyDevice()
         self.config, self.device, self.split_tokens = config, device, split_tokens
+        self.int8_values = int8_values
         self.layout = PageLayout(config)
         self.key_means = check_means(key_means, config)
         self.operands = Operands(device, config, validate)

@@ -25,6 +25,7 @@ from .cuda_units import GridUnits
 from .device import DeviceArray
 from .dtypes import check_shape
 from .queries import check_query_shapes, check_scale
+from .stream_formats import stream_format, takes_int8_values
 
 if TYPE_CHECKING:
     from .cuda import CudaBackend
@@ -177,7 +178,11 @@ class AttendPlan:
 
     def _kernel(self, layer: int, rows: int, soft_cap: bool) -> AttendKernel:
         layout, arch = self._backend.layout, self._device.arch
-        return attend_kernel(layout, layer, rows, soft_cap, arch=arch)
+        int8_values = self._backend.int8_values
+        if int8_values:
+            values = stream_format(layout.config.layer_codecs(layer)[1])
+            int8_values = arch >= 80 and takes_int8_values(layout.config.head_dim, values)
+        return attend_kernel(layout, layer, rows, soft_cap, arch=arch, int8_values=int8_values)
 
     def _current(self) -> Reads:
         if self._step.reads is None:

@@ -140,9 +140,11 @@ def compile_cubin(special: Specialisation, arch: int) -> Cubin:
         from cupy.cuda import nvrtc
     except ImportError as error:
         raise BackendUnavailable(f"compiling kernels needs CuPy and NVRTC: {error}") from error
-    source = (kernel_folder() / special.file).read_text(encoding="utf-8")
+    path = kernel_folder() / special.file
+    source = path.read_text(encoding="utf-8")
     options = (f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v", *compile_options(special))
-    program = nvrtc.createProgram(source, special.file, (), ())
+    # The compiler looks for included files beside the named one first, then in the folder given.
+    program = nvrtc.createProgram(source, str(path), (), ())
     try:
         try:
             nvrtc.compileProgram(program, options)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 from pagedtq import CacheConfig, Exact, TurboQuant
 from pagedtq.backends.attend_arguments import AttendKernel
 from pagedtq.backends.kernel_source import Specialisation, specialise
-from pagedtq.backends.stream_formats import prefers_int8, tile_tokens
+from pagedtq.backends.stream_formats import (
+    column_tiles_of,
+    is_tuned,
+    prefers_int8,
+    takes_int8_values,
+    tile_tokens,
+)
 from pagedtq.paging.kernel_macros import DTYPE_NUMBERS
 from pagedtq.paging.layout import PageLayout
 
@@ -18,11 +25,23 @@ F16 = 16
 
 
 def _attend(
-    head_dim, keys, values, *, prod=False, column_tiles=1, soft_cap=False, tile=256, int8=None
+    head_dim,
+    keys,
+    values,
+    *,
+    prod=False,
+    column_tiles=1,
+    soft_cap=False,
+    tile=256,
+    int8=None,
+    int8_values=False,
 ):
     int8 = prefers_int8(head_dim, keys, prod) if int8 is None else int8
-    tile = min(tile, tile_tokens(head_dim, keys, values, column_tiles, int8))
-    return AttendKernel(head_dim, keys, values, prod, column_tiles, soft_cap, tile, int8)
+    tokens = tile_tokens(head_dim, keys, values, column_tiles, int8, prod, int8_values)
+    tile = min(tile, tokens)
+    return AttendKernel(
+        head_dim, keys, values, prod, column_tiles, soft_cap, tile, int8, int8_values=int8_values
+    )
 
 
 #: Attention kernels. The budget file counts the loops of these.
@@ -37,6 +56,8 @@ ATTEND = {
     "k4v4-d256": _attend(256, 4, 4),
     "k3v3-d128": _attend(128, 3, 3),
     "k3v3-d128-f16": _attend(128, 3, 3, int8=False),
+    "k3v3-d128-v8": _attend(128, 3, 3, int8_values=True),
+    "k3v3-d96": _attend(96, 3, 3),
     "k3v3-d128-g16": _attend(128, 3, 3, column_tiles=2),
     "k3v4-d128": _attend(128, 3, 4),
     "k4v3-d128": _attend(128, 4, 3),
@@ -44,6 +65,7 @@ ATTEND = {
     "k2v2-d128": _attend(128, 2, 2),
     "k2v2-d128-f16": _attend(128, 2, 2, int8=False),
     "k2v2-d128-g16": _attend(128, 2, 2, column_tiles=2),
+    "k2v2-d128-v8": _attend(128, 2, 2, int8_values=True),
     "k2v2-d64": _attend(64, 2, 2),
     "k2v4-d128": _attend(128, 2, 4),
     "prod4v4-d128": _attend(128, 3, 4, prod=True),
@@ -133,43 +155,58 @@ def elements(kernel: AttendKernel) -> int:
     return kernel.tile_tokens * kernel.head_dim * 2 // 32
 
 
-def remaining_attend() -> Iterator[AttendKernel]:
-    """Every tuned attention kernel that the list above leaves out."""
+def remaining_attend(head_dim: int) -> Iterator[AttendKernel]:
+    """Every tuned attention kernel of a head dim that the list above leaves out."""
     listed = set(ATTEND.values())
-    widths = (2, 3, 4, F16)
-    for head_dim in (64, 128, 256):
-        for keys in widths:
-            for values in widths:
-                for column_tiles in (1, 2):
-                    for soft_cap in (False, True):
-                        kernel = _attend(
-                            head_dim, keys, values, column_tiles=column_tiles, soft_cap=soft_cap
-                        )
-                        if kernel not in listed:
-                            yield kernel
-    for head_dim in (64, 128, 256):
-        yield _attend(head_dim, 3, 4, prod=True, column_tiles=2)
-        yield _attend(head_dim, 2, 3, prod=True)
+    widths = [width for width in (2, 3, 4, F16) if is_tuned(head_dim, width)]
+    formats = [(keys, values, False) for keys, values in product(widths, widths)]
+    if head_dim % 64 == 0 and head_dim <= 256:
+        formats += [(3, 4, True), (2, 3, True)]
+    for (keys, values, prod), rows, soft_cap in product(formats, (8, 16), (False, True)):
+        kernel = _attend(
+            head_dim,
+            keys,
+            values,
+            prod=prod,
+            column_tiles=column_tiles_of(head_dim, rows, keys, values, prod),
+            soft_cap=soft_cap,
+        )
+        if kernel not in listed:
+            listed.add(kernel)
+            yield kernel
+    bytes_of = ((2, 2, False), (2, 2, True), (3, 3, False), (3, 2, False), (4, 4, False))
+    for keys, values, soft_cap in (*bytes_of, (4, 3, False), (F16, 4, False)):
+        if takes_int8_values(head_dim, values) and is_tuned(head_dim, keys):
+            kernel = _attend(head_dim, keys, values, soft_cap=soft_cap, int8_values=True)
+            if kernel not in listed:
+                yield kernel
 
 
-def untuned_attend() -> Iterator[AttendKernel]:
+#: Head dims whose tuned kernels the whole gate compiles, and those it decodes element by element.
+TUNED_DIMS = (64, 96, 128, 160, 192, 256, 512)
+UNTUNED_DIMS = (20, 64, 80, 112, 128, 192)
+
+
+def untuned_attend(head_dim: int) -> Iterator[AttendKernel]:
     """Attention kernels that decode element by element: right, without a claim to speed."""
-    for head_dim in (20, 64, 80, 112, 128, 192):
-        yield _attend(head_dim, 8, 8)
-        yield _attend(head_dim, 1, 5)
-        yield _attend(head_dim, 17, 32)
-    for head_dim in (20, 80, 112, 192):
+    yield _attend(head_dim, 8, 8)
+    yield _attend(head_dim, 1, 5)
+    yield _attend(head_dim, 17, 32)
+    if not is_tuned(head_dim, 3):
         yield _attend(head_dim, 3, 3)
 
 
-def remaining_pages() -> Iterator[Specialisation]:
+#: Head dims of the kernels of a page's bytes.
+PAGE_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
+
+
+def remaining_pages(head_dim: int) -> Iterator[Specialisation]:
     """Kernels of a page's bytes for other widths, dims and types of input."""
-    for head_dim in (64, 80, 96, 112, 128, 160, 192, 256):
-        for name in _CODECS:
-            for file in ("store", "load", "seal"):
-                yield _page_kernel(file, name, head_dim, "f32" if file == "load" else "f16")
-    for bits in (1, 5, 6, 7):
-        for scale in ("norm_corrected", "searched", "unbiased", "none"):
+    for name, file in product(_CODECS, ("store", "load", "seal")):
+        yield _page_kernel(file, name, head_dim, "f32" if file == "load" else "f16")
+    if head_dim == 128:
+        scales = ("norm_corrected", "searched", "unbiased", "none")
+        for bits, scale in product((1, 5, 6, 7), scales):
             codec = TurboQuant(bits=bits, scale=scale)
             yield _page_kernel("store", (codec, codec), 128, "f32")
             yield _page_kernel("load", (codec, codec), 128, "f32")

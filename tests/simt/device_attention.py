@@ -56,6 +56,7 @@ class DeviceAttention:
         soft_cap=None,
         window_left=None,
         int8_keys=None,
+        int8_values=None,
         arch=80,
         seed=0,
     ):
@@ -66,8 +67,9 @@ class DeviceAttention:
         tokens = check_queries(queries, reads, q_lens, heads, dim, window_left)
         prepared = prepare_queries(tokens, self.host.codecs[0], self.host.mean, 1.0)
         group = tokens.values.shape[2]
+        rows = int(q_lens.max()) * group
         kernel = attend_kernel(
-            layout, self.layer, int(q_lens.max()) * group, soft_cap is not None, int8_keys, arch
+            layout, self.layer, rows, soft_cap is not None, int8_keys, arch, int8_values
         )
         rows, scales, power = f16_rows(prepared.keys.reshape(-1, dim), sm_scale)
         sketches = None
@@ -87,6 +89,7 @@ class DeviceAttention:
             window_left=window_left,
             soft_cap=soft_cap,
             has_offsets=offsets is not None,
+            int8_values=kernel.int8_values,
         )
         out = np.full((len(sequences), heads, kernel.columns, dim), np.nan, np.float32)
         lse = np.full(out.shape[:3], np.nan, np.float32)

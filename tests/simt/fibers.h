@@ -83,10 +83,11 @@ inline void switch_context(Context& from, Context& to) {
 }
 #endif
 
-enum Collective { kShuffle, kVote, kSyncWarp, kMmaF16, kMmaU8S8, kMovmatrix };
+enum Collective { kShuffle, kVote, kSyncWarp, kMmaF16, kMmaU8S8, kMmaS8U8, kMovmatrix };
 inline const char* name_of(Collective kind) {
     static const char* const names[] = {"shuffle",      "vote",          "sync_warp",
-                                        "mma_f16",      "mma_u8s8",      "movmatrix"};
+                                        "mma_f16",      "mma_u8s8",      "mma_s8u8",
+                                        "movmatrix"};
     return names[kind];
 }
 

@@ -94,7 +94,7 @@ class HarnessDevice:
     """
 
     name = "SIMT harness"
-    arch = 80
+    arch = 90
     multiprocessors = 1
     xp = np
 

@@ -39,20 +39,43 @@ extern "C" __global__ void matrix_f16(const u16* a, const u16* b, float* c) {
     for (int i = 0; i < 4; ++i) c[(g + 8 * (i >> 1)) * 8 + 2 * t + (i & 1)] = sums[i];
 }
 
-extern "C" __global__ void matrix_u8s8(const u8* a, const s8* b, int* c) {
+template <class Multiply>
+DEVICE void multiply_bytes(const void* a, const void* b, int* c, Multiply multiply) {
     const int g = lane_id() / 4, t = lane_id() % 4;
+    const u8 *rows = static_cast<const u8*>(a), *columns = static_cast<const u8*>(b);
     u32 left[4];
     for (int i = 0; i < 4; ++i) {
-        left[i] = ldg32(a + (g + 8 * (i & 1)) * 32 + 4 * t + 16 * (i >> 1));
+        left[i] = ldg32(rows + (g + 8 * (i & 1)) * 32 + 4 * t + 16 * (i >> 1));
     }
     u32 right[2] = {0, 0};
     for (int i = 0; i < 8; ++i) {
-        const u32 element = static_cast<u8>(b[(4 * t + i % 4 + 16 * (i / 4)) * 8 + g]);
+        const u32 element = columns[(4 * t + i % 4 + 16 * (i / 4)) * 8 + g];
         right[i / 4] |= element << 8 * (i % 4);
     }
     int sums[4] = {0, 0, 0, 0};
-    mma_u8s8(sums, left, right[0], right[1]);
+    multiply(sums, left, right[0], right[1]);
     for (int i = 0; i < 4; ++i) c[(g + 8 * (i >> 1)) * 8 + 2 * t + (i & 1)] = sums[i];
+}
+
+extern "C" __global__ void matrix_u8s8(const u8* a, const s8* b, int* c) {
+    multiply_bytes(a, b, c, mma_u8s8);
+}
+
+extern "C" __global__ void matrix_s8u8(const s8* a, const u8* b, int* c) {
+    multiply_bytes(a, b, c, mma_s8u8);
+}
+
+// Every lane's words through shared memory, in reverse.
+extern "C" __global__ void through_shared(const u32* x, u32* y) {
+    __shared__ __align__(16) u32 words[128], pairs[64];
+    const int lane = lane_id();
+    for (int i = 0; i < 4; ++i) words[4 * lane + i] = x[4 * lane + i];
+    for (int i = 0; i < 2; ++i) pairs[2 * lane + i] = x[128 + 2 * lane + i];
+    sync_block();
+    const uint4 v = lds128(words + 4 * (31 - lane));
+    const uint2 w = lds64(pairs + 2 * (31 - lane));
+    y[4 * lane] = v.x, y[4 * lane + 1] = v.y, y[4 * lane + 2] = v.z, y[4 * lane + 3] = v.w;
+    y[128 + 2 * lane] = w.x, y[129 + 2 * lane] = w.y;
 }
 
 extern "C" __global__ void transpose(const u32* x, u32* y) {

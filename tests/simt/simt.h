@@ -270,6 +270,14 @@ inline void mma_u8s8(int* d, const u32* a, u32 b0, u32 b1) {
             [](u32 word, int i) { return static_cast<int>(static_cast<s8>(word >> 8 * i)); });
     });
 }
+inline void mma_s8u8(int* d, const u32* a, u32 b0, u32 b1) {
+    simt::Fragments<int> mine = {d, a, {b0, b1}};
+    simt::rendezvous(simt::kMmaS8U8, FULL_WARP, &mine, [](simt::Fiber* lanes) {
+        simt::multiply<int, int, 4>(
+            lanes, [](u32 word, int i) { return static_cast<int>(static_cast<s8>(word >> 8 * i)); },
+            [](u32 word, int i) { return static_cast<int>(word >> 8 * i & 0xff); });
+    });
+}
 inline u32 movmatrix_trans(u32 x) {
     u32 word = x;
     simt::rendezvous(simt::kMovmatrix, FULL_WARP, &word, [](simt::Fiber* lanes) {
@@ -301,6 +309,8 @@ inline uint2 ldg64(const void* p) { return simt::load<uint2>(p); }
 inline u32 ldg32(const void* p) { return simt::load<u32>(p); }
 inline u16 ldg16(const void* p) { return simt::load<u16>(p); }
 inline u8 ldg8(const void* p) { return simt::load<u8>(p); }
+inline uint4 lds128(const void* p) { return simt::load<uint4>(p); }
+inline uint2 lds64(const void* p) { return simt::load<uint2>(p); }
 inline void stg128(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 
 // Copies happen at the wait, so that reading without one finds poison or stale bytes.
@@ -353,4 +363,5 @@ inline float set_ge(float a, float b) { return a >= b ? 1.0f : 0.0f; }
 inline double add_rn(double a, double b) { return a + b; }
 inline double mul_rn(double a, double b) { return a * b; }
 inline float ex2(float x) { return std::exp2(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float lg2(float x) { return std::log2(x); }

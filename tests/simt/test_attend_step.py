@@ -70,7 +70,7 @@ def step(
     )  # fmt: skip
     shape = attend_shape(
         layout, 0, table_stride=table.shape[1], batch=len(ids), group=group,
-        has_offsets=mean is not None,
+        has_offsets=mean is not None, int8_values=kernel.int8_values,
     )  # fmt: skip
     codecs = config.layer_codecs(0)
     part_outs = np.full((max_units, heads, kernel.columns, dim), np.nan, np.float32)

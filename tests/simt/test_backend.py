@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from harness_device import HarnessDevice
 
+from pagedtq import Exact, LayerOverride
 from tests.parity.cases import make_config, small_cases
 from tests.parity.claims import *  # noqa: F403
 from tests.parity.twins import Twins
@@ -38,6 +39,19 @@ def test_tables_and_mappings_are_sent_once_per_step(device):
         sent.append((device.copies - before, _count(device, "plan_splits") - planned))
     assert sent == [(2, 1), (0, 0)]  # the slot mapping; tables and ranges together
     cache.commit()
+
+
+@pytest.mark.parametrize("int8_values", [None, True, False])
+def test_a_backend_multiplies_values_as_bytes_where_it_is_asked_to(device, int8_values):
+    override = LayerOverride(layers=(1,), keys=Exact(), values=Exact())
+    config = make_config("k3v3", 64, 16, window=0, overrides=(override,))
+    twins = Twins(config, device, backend={"int8_values": int8_values}, seed=3)
+    members = [twins.open(), twins.open()]
+    twins.append(members, (20, 33))
+    for layer in (0, 1):
+        twins.check_attend(layer, members, 4, None)
+    macros = [launch.macros for launch in device.log if launch.kernel == "attend"]
+    assert [one["VALUE_INT8"] for one in macros] == [int(int8_values is True), 0]
 
 
 def _count(device, kernel):

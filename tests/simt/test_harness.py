@@ -64,12 +64,21 @@ def test_half_matrices_multiply(instructions):
     assert np.abs(c - expected).max() < 1e-6
 
 
-def test_byte_matrices_multiply_exactly(instructions):
-    a = RNG.integers(0, 256, (16, 32), np.uint8)
-    b = RNG.integers(-128, 128, (32, 8), np.int8)
+@pytest.mark.parametrize("name", ["matrix_u8s8", "matrix_s8u8"])
+def test_byte_matrices_multiply_exactly(instructions, name):
+    bounds = {np.uint8: (0, 256), np.int8: (-128, 128)}
+    left, right = (np.uint8, np.int8) if name == "matrix_u8s8" else (np.int8, np.uint8)
+    a, b = RNG.integers(*bounds[left], (16, 32), left), RNG.integers(*bounds[right], (32, 8), right)
     c = np.zeros((16, 8), np.int32)
-    instructions.launch("matrix_u8s8", 1, 32, a, b, c, seed=3)
+    instructions.launch(name, 1, 32, a, b, c, seed=3)
     assert np.array_equal(c, a.astype(int) @ b.astype(int))
+
+
+def test_words_cross_shared_memory(instructions):
+    x, y = RNG.integers(0, 2**32, 192, np.uint32), np.zeros(192, np.uint32)
+    instructions.launch("through_shared", 1, 32, x, y)
+    assert np.array_equal(y[:128].reshape(32, 4), x[:128].reshape(32, 4)[::-1])
+    assert np.array_equal(y[128:].reshape(32, 2), x[128:].reshape(32, 2)[::-1])
 
 
 def test_movmatrix_transposes(instructions):

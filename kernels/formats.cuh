@@ -1,0 +1,186 @@
+// What pages hold, by number, and the words of a row that one lane loads.
+//
+// what      numbers of formats, bytes of rows, which of them lanes can share, and their loads
+// mapping   a row of codes is shared by 4 lanes (keys: one token) or 8 (values: a token pair)
+// bytes     a row once per warp, in loads of 16, 8, 4 or 2 bytes per lane, neighbours side by side
+// host twin pagedtq/backends/stream_formats.py
+//
+// Formats are numbered by what a page holds: 1 to 8, the width of codes; 16, 17 and 32: exact f16,
+// bf16 and f32. Widths 2, 3, 4 and f16 load ahead into registers (`tuned`); every other format, and
+// head dims whose rows do not divide among the lanes, decode element by element when used.
+// bf16 and f32 go through f16: magnitudes beyond 65504 saturate.
+
+#pragma once
+
+#include "fragments.cuh"
+
+#define FORMAT_F16 16
+#define FORMAT_BF16 17
+#define FORMAT_F32 32
+
+// Where the planes of one stream lie in an extent; `codes` is the plane itself for exact streams.
+struct StreamPlanes {
+    u32 codes, signs, norms;
+};
+
+DEVICE constexpr bool is_exact(int format) { return format >= FORMAT_F16; }
+
+// Bits of an element in the main plane.
+DEVICE constexpr int plane_bits(int format, int head_dim) {
+    return format == FORMAT_BF16 ? 16 : format == 3 && head_dim % 16 == 0 ? 2 : format;
+}
+
+// Bytes of a token's row.
+DEVICE constexpr int row_bytes(int format, int head_dim) {
+    return (head_dim * plane_bits(format, head_dim) + 7) / 8;
+}
+
+// Bytes of a token's sign row (width 3): groups of 2 * period code bytes share `period`.
+DEVICE constexpr int sign_row_bytes(int head_dim, int period) {
+    return (head_dim / 4 + 2 * period - 1) / (2 * period) * period;
+}
+
+// What each of `lanes` lanes takes from the end of a row, behind its words: half a word where its
+// share of the row is an odd number of them.
+DEVICE constexpr int tail_bytes(int row, int lanes) {
+    return row % (4 * lanes) == 2 * lanes ? 2 : 0;
+}
+
+// The widest load of words that divides the rest of a row among the lanes; 0 if none does.
+DEVICE constexpr int load_bytes(int row, int lanes) {
+    const int words = row - tail_bytes(row, lanes) * lanes;
+    return words <= 0                                   ? 0
+           : words % (16 * lanes) == 0 && row % 16 == 0 ? 16
+           : words % (8 * lanes) == 0 && row % 8 == 0   ? 8
+           : words % (4 * lanes) == 0                   ? 4
+                                                        : 0;
+}
+
+// Whether `lanes` lanes can share a row. Tails hold fields of 2 bits: the signs of 4-bit keys lie
+// anywhere in a word.
+DEVICE constexpr bool divides(int format, int row, int lanes) {
+    return load_bytes(row, lanes) != 0 && (tail_bytes(row, lanes) == 0 || format <= 3);
+}
+
+DEVICE constexpr bool is_tuned(int format, int head_dim) {
+    return head_dim % 16 == 0 && ((format >= 2 && format <= 4) || format == FORMAT_F16) &&
+           divides(format, row_bytes(format, head_dim), 4) &&
+           divides(format, 2 * row_bytes(format, head_dim), 8);
+}
+
+DEVICE constexpr int padded_dim(int head_dim) { return (head_dim + 15) / 16 * 16; }
+
+template <int bytes>
+DEVICE void load_words(const u8* from, u32* words) {
+    if constexpr (bytes == 16) {
+        const uint4 v = ldg128(from);
+        words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+    } else if constexpr (bytes == 8) {
+        const uint2 v = ldg64(from);
+        words[0] = v.x, words[1] = v.y;
+    } else {
+        words[0] = ldg32(from);
+    }
+}
+
+// One element of an exact plane as f16 bits.
+template <int format>
+DEVICE u32 exact_at(const u8* row, int element) {
+    if constexpr (format == FORMAT_F16) return ldg16(row + 2 * element);
+    float x;
+    if constexpr (format == FORMAT_BF16) {
+        x = bf16_to_f32(ldg16(row + 2 * element));
+    } else {
+        x = bits_float(ldg32(row + 4 * element));
+    }
+    // Written so that NaN stays NaN.
+    x = x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+    return f32_to_f16(x);
+}
+
+// Decoded values of codes: by value for the widths decoded by permutation, else in memory.
+struct StreamTable {
+    Table words;
+    const u16* entries;
+};
+
+// f16 bits of a code's value.
+DEVICE u32 table_entry(const StreamTable& table, u32 code) { return ldg16(table.entries + code); }
+
+// Where one lane finds a stream from some token on; later tokens are constants away.
+struct Source {
+    const u8 *codes, *signs;
+    const u8 *tail, *tail_signs;  // of rows with tails
+    int part;
+};
+
+// The codes (and sign) words one lane loads of a row `row` bytes long that `lanes` lanes share.
+template <int format, int head_dim, int row, int lanes>
+struct LaneWords {
+    static constexpr int kLoad = load_bytes(row, lanes);
+    static constexpr bool kTail = tail_bytes(row, lanes) != 0;
+    static constexpr int kMain = row - tail_bytes(row, lanes) * lanes;
+    static constexpr int kChunks = kMain / (kLoad * lanes);
+    static constexpr int kWords = kChunks * kLoad / 4;
+    // A sign word serves two code words; below 8 bytes a load, two lanes share it.
+    static constexpr bool kSigns = format == 3;
+    static constexpr int kSignWords = kLoad == 4 ? kChunks : kWords / 2;
+    u32 words[kWords], signs[kSignWords];
+    u32 tail, tail_signs;  // half-words
+
+    // Byte within the row of a lane's word; the word behind the last is the tail.
+    DEVICE static int byte_of(int word, int part) {
+        if (kTail && word == kWords) return kMain + 2 * part;
+        return word / (kLoad / 4) * kLoad * lanes + part * kLoad + word % (kLoad / 4) * 4;
+    }
+
+    // From the rows of codes and of signs, in bytes from the extent: sums of 32 bits, then one of 64.
+    DEVICE static Source source(const u8* extent, u32 codes, u32 sign_row, int part) {
+        Source source = {extent + (codes + part * kLoad),
+                         extent + (sign_row + (part * (kLoad / 2) & ~3)), nullptr, nullptr, part};
+        if constexpr (kTail) {
+            source.tail = extent + (codes + (kMain + 2 * part));
+            source.tail_signs = extent + (sign_row + (kMain / 2 + (part & ~3) + 2 * (part & 1)));
+        }
+        return source;
+    }
+
+    // `codes` and `sign_row`: bytes from the source.
+    DEVICE void load(const Source& source, int codes, int sign_row) {
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            load_words<kLoad>(source.codes + (codes + chunk * kLoad * lanes),
+                              words + chunk * kLoad / 4);
+        }
+        if constexpr (kTail) tail = ldg16(source.tail + codes);
+        if constexpr (kSigns) {
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; ++chunk) {
+                const u8* from = source.signs + (sign_row + chunk * lanes * (kLoad / 2));
+                if constexpr (kLoad == 4) {
+                    signs[chunk] = ldg32(from) >> 2 * (source.part & 1);
+                } else {
+                    load_words<kLoad / 2>(from, signs + chunk * kLoad / 8);
+                }
+            }
+            if constexpr (kTail) {
+                const u32 pair = ldg16(source.tail_signs + sign_row);
+                tail_signs = pair >> (source.part & 2);
+            }
+        }
+    }
+
+    DEVICE u32 sign_of(int word) const {
+        if constexpr (kLoad == 4) return signs[word];
+        return word & 1 ? signs[word / 2] >> 2 : signs[word / 2];
+    }
+};
+
+// Two rows' tails, or their signs, as one word.
+DEVICE u32 join_tails(u32 low, u32 high) { return prmt(low, high, 0x5410u); }
+
+// Which pair of a word of two tails is pair `pair` of the lower or upper one.
+template <int format>
+DEVICE constexpr int tail_pair(int pair, int half) {
+    return format == 3 ? 4 * (pair >> 1) + 2 * half + (pair & 1) : 2 * pair + half;
+}
