@@ -84,6 +84,7 @@ _CODECS = {
         TurboQuant(bits=4),
     ),
     "dense4v4": (TurboQuant(bits=4, rotation="dense"), TurboQuant(bits=4, rotation="dense")),
+    "searched3v3": (TurboQuant(bits=3, scale="searched"), TurboQuant(bits=3, scale="searched")),
     "exact": (Exact(dtype="f16"), Exact(dtype="f16")),
 }
 
@@ -94,7 +95,6 @@ _OTHERS = {
     "store-k4v4-d96": ("store", "k4v4", 96),
     "store-k4v4-d256": ("store", "k4v4", 256),
     "seal-k4v4-d128": ("seal", "k4v4", 128),
-    "seal-prod4v4-d128": ("seal", "prod4v4", 128),
     **{
         f"load-{name}-d128": ("load", name, 128)
         for name in ("k4v4", "k3v3", "prod4v4", "dense4v4", "exact")
