@@ -18,12 +18,13 @@ from transformers import LlamaForCausalLM
 from benchmarks.report import arguments, publish
 from benchmarks.small_decoder import CONTEXT, trained, windows
 from pagedtq.codec import TurboQuantCodec
-from pagedtq.config import TurboQuant
+from pagedtq.config import LayerOverride, TurboQuant
 from pagedtq.fidelity.evaluation import probe
-from pagedtq.fidelity.formats import KVFormat, Uncompressed
+from pagedtq.fidelity.formats import CacheFormat, KVFormat, Uncompressed
 from pagedtq.fidelity.measures import Reference
 from pagedtq.fidelity.peer_formats import vllm_preset
-from pagedtq.fidelity.settings import settings
+from pagedtq.fidelity.settings import setting, settings
+from pagedtq.models import ModelShape
 
 NAMES = (
     "k4v4-w0",
@@ -37,6 +38,22 @@ NAMES = (
 )
 WINDOWED = ("k4v4-w64-centred", "k4v4-w64-centred-searched", "k3v3-w64-centred-searched")
 PEER_OF = {"k4v4": "vllm-4bit_nc", "k3v3": "vllm-3bit_nc"}
+
+
+def first_values_wider(shape: ModelShape, means: np.ndarray) -> CacheFormat:
+    """Return three bits but for the stream that is most sensitive at three, which gets four.
+
+    Calibration text says which one (`benchmarks.fidelity`, sensitivity); the cache still takes
+    fewer bytes than vLLM's preset.
+    """
+    wider = LayerOverride(
+        layers=(0,),
+        keys=TurboQuant(bits=3, scale="searched"),
+        values=TurboQuant(bits=4, scale="searched"),
+    )
+    plain = setting("k3v3-w0-searched", shape).config
+    config = plain.replace(overrides=(wider,))
+    return CacheFormat("k3v3-w0-centred-searched, layer 0 v4", config, means)
 
 
 def encode_seconds(bits: int, scale: str, vectors: np.ndarray, repeats: int) -> float:
@@ -75,6 +92,8 @@ def main() -> None:
         names = (*NAMES, *WINDOWED) if context == CONTEXT else NAMES
         formats: list[KVFormat] = [vllm_preset(name, dims) for name in ("4bit_nc", "3bit_nc")]
         formats += settings(names, shape, means)
+        if context == CONTEXT:
+            formats.append(first_values_wider(shape, means))
         of_peer: dict[str, float] = {}
         for form in tqdm(formats, desc=f"{context} tokens", disable=None):
             found = reference.measure(form, exact)

@@ -149,6 +149,23 @@ SUMMARY: tuple[tuple[str, str, Callable[[Row], bool], Callable[[Row], str]], ...
             f"{row['bytes per token and head']:.0f} bytes, {row['x below fp16']:.2f}x below fp16"
         ),
     ),
+    (
+        "fidelity_search",
+        "divergence of next-token distributions, k4v4, centred keys, window of 64, 2 048 tokens",
+        lambda row: row["setting"] == "k4v4-w64-centred",
+        lambda row: (
+            f"{row['x vLLM preset']:.2f} of what vLLM's 4-bit preset has, with "
+            f"{row['B/token/head']:.1f} instead of 70 bytes (head_dim 64)"
+        ),
+    ),
+    (
+        "manager_vs_vllm",
+        "decode step of 1 024 requests that go on, block manager, prefix caching on",
+        lambda row: row["what"] == "step, 1024 requests, caching on: batched",
+        lambda row: (
+            f"{row['pagedtq us']:.0f} us, {row['times faster']:.0f}x vLLM 0.33's block manager"
+        ),
+    ),
 )
 
 

@@ -14,11 +14,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from docs.plots import EXACT, GREY, KEYS, LINE, NORMS, VALUES, measured_figures
+from docs.plots import EXACT, GREY, KEYS, LINE, NORMS, SHARED, VALUES, measured_figures
 from pagedtq import preset
 from pagedtq.paging.layout import PageLayout
 
-INK, SHARED, EMPTY = "#15202b", "#c3c9cf", "none"
+INK, EMPTY = "#15202b", "none"
 
 STYLE = {
     "font.family": "DejaVu Sans",

@@ -10,8 +10,11 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from pagedtq import PRESETS
+
 GREY, LINE = "#808890", "#8a939c"
 KEYS, VALUES, NORMS, EXACT = "#7fb3e6", "#f2b36b", "#b9a5e2", "#6cc49a"
+SHARED = "#c3c9cf"
 
 
 def measured(name: str) -> list[dict[str, Any]]:
@@ -99,36 +102,47 @@ def hit_rate() -> plt.Figure:
 
 def fidelity() -> plt.Figure:
     """Divergence of a trained decoder by bytes, own settings and those of others, as measured."""
-    rows = [row for row in measured("fidelity") if row["part"] in ("settings", "bits by layer")]
-    figure, axes = plt.subplots(figsize=(8.4, 4.6), layout="constrained")
-    own = [row for row in rows if row["setting"].startswith(("k", "prod"))]
-    others = [row for row in rows if row not in own and row["KL mnat"] > 1e-3]
-    kinds = (
-        ("plain", NORMS, "o", lambda name: name.endswith("-w0")),
-        ("keys centred", KEYS, "s", lambda name: name.endswith("-w0-centred")),
-        ("keys centred, exact window", EXACT, "D", lambda name: "-centred" in name),
-    )
-    placed: list[str] = []
-    for label, colour, marker, chosen in kinds:
-        line = [r for r in own if chosen(r["setting"]) and r["setting"] not in placed]
-        if label != "plain":
-            line = [r for r in line if "-centred" in r["setting"]]
-        placed += [row["setting"] for row in line]
-        _points(axes, line, colour, marker, label)
-    _points(axes, others, VALUES, "X", "other systems")
-    axes.set(xlabel="bytes per token and KV head", yscale="log")
+    rows = [row for row in measured("fidelity") if row["context"] == 2048]
+    settings = [row for row in rows if row["part"] == "settings" and row["KL mnat"] > 1e-3]
+    own = [row for row in settings if row["setting"].startswith((*PRESETS, "prod"))]
+    others = [row for row in settings if row not in own]
+    plain = [row for row in own if row["setting"].endswith("-w0")]
+    centred = [row for row in own if row["setting"].endswith("-w0-centred")]
+    windowed = [row for row in own if "centred" in row["setting"] and row not in centred]
+    figure, axes = plt.subplots(figsize=(8.4, 5.2), layout="constrained")
+    # Centred settings lie below the plain ones of the same bytes, whose names serve both.
+    _points(axes, plain, NORMS, "o", "plain", (-5, 4), "right")
+    _points(axes, centred, KEYS, "s", "keys centred", None, "right")
+    _points(axes, windowed, EXACT, "D", "keys centred, exact window", (-6, -9), "right")
+    layers = [row for row in rows if row["part"] == "bits by layer"]
+    _points(axes, layers, SHARED, "v", "bits by layer, keys centred", None, "right")
+    _points(axes, others, VALUES, "X", "other systems", (6, 2), "left")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([32, 64, 128, 256], ["32", "64", "128", "256"])
+    axes.set(xlabel="bytes per token and KV head", yscale="log", xlim=(27, 300))
     axes.set_ylabel("KL of next-token distributions (millinats)", color=GREY)
     muted(axes)
-    axes.legend(frameon=False, labelcolor=GREY)
+    axes.legend(frameon=False, labelcolor=GREY, loc="lower left")
     return figure
 
 
-def _points(axes: Axes, rows: list[dict[str, Any]], colour: str, marker: str, label: str) -> None:
+def _points(
+    axes: Axes,
+    rows: list[dict[str, Any]],
+    colour: str,
+    marker: str,
+    label: str,
+    offset: tuple[int, int] | None,
+    side: str,
+) -> None:
     xs, ys = [row["B/token/head"] for row in rows], [row["KL mnat"] for row in rows]
     axes.plot(xs, ys, marker, color=colour, label=label, markersize=6)
     for row, x, y in zip(rows, xs, ys, strict=True):
         name = row["setting"].split(" (")[0].replace("-centred", "").replace("-w0", "")
-        axes.annotate(name, (x, y), (4, 3), textcoords="offset points", fontsize=6.5, color=GREY)
+        if offset is not None:
+            axes.annotate(
+                name, (x, y), offset, textcoords="offset points", fontsize=6.5, color=GREY, ha=side
+            )
 
 
 def sensitivities() -> plt.Figure:
