@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,5 +149,9 @@ def _cell(value: Any) -> str:
 
 
 def _command(name: str) -> str:
-    # argv[0] is the module's path on this machine; the command a reader can repeat is `-m`.
-    return shlex.join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]])
+    # argv[0] is the module's path on this machine; the command a reader can repeat is `-m`. Where
+    # the result went is a path of this machine too.
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument("--json")
+    rest = given.parse_known_args()[1]
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *rest])

@@ -42,7 +42,7 @@ def test_publish_prints_one_table_and_writes_rows_with_their_conditions(tmp_path
 
 
 def test_published_command_can_be_repeated_and_holds_no_machine_path(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/trial.py", "--seed", "3"])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/trial.py", "--json", "/here/r", "--seed", "3"])
     path = publish("trial", ROWS, json_path=tmp_path / "r.json", seed=3)
     result = json.loads(path.read_text())
     assert result["command"] == "python -m benchmarks.trial --seed 3"
