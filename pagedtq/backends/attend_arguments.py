@@ -204,7 +204,7 @@ def _require_int8(stream: str, codec: Codec, head_dim: int, arch: int) -> None:
         raise UnsupportedError(
             f"{stream} are multiplied as bytes for the MSE estimator of 2 to 4 bits in head dims "
             f"that are multiples of 32 (below 4 bits from 64 on) up to 256"
-            f"{' (4 bits: 192)' if values else ''}; got {codec} with head_dim {head_dim}"
+            f"{' (3 and 4 bits: 192)' if values else ''}; got {codec} with head_dim {head_dim}"
         )
 
 

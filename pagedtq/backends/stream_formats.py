@@ -46,8 +46,8 @@ def takes_int8(head_dim: int, form: int, prod: bool = False) -> bool:
 
 
 def takes_int8_values(head_dim: int, form: int) -> bool:
-    """Whether values may be: ``VALUE_INT8``. Registers hold 4 bits up to head dim 192."""
-    return takes_int8(head_dim, form) and (form < 4 or head_dim <= 192)
+    """Whether values may be: ``VALUE_INT8``. Registers hold 3 and 4 bits up to head dim 192."""
+    return takes_int8(head_dim, form) and (form < 3 or head_dim <= 192)
 
 
 def prefers_int8(head_dim: int, key_format: int, prod: bool) -> bool:
