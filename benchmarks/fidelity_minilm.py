@@ -115,7 +115,9 @@ def main() -> None:
         ]
     ).astype(np.float32)
     names = [f"{p}-w0" for p in ("k8v8", "k4v4", "k3v3", "k2v2")]
-    names += [f"{name}-centred" for name in names] + ["prod4v4-w0", "prod3v3-w0"]
+    names += [f"{name}-centred" for name in names]
+    names += [f"{name}-searched" for name in names if name.startswith(("k4v4", "k3v3"))]
+    names += ["prod4v4-w0", "prod3v3-w0"]
     formats: list[KVFormat] = [setting(name, shape, means) for name in sorted(names)]
     # KIVI's residual of 128 tokens stays exact in a cache; here every group is coded.
     formats += peer_formats((layers, heads, dim))
