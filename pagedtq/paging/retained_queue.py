@@ -51,6 +51,8 @@ class RetainedQueue(FreeQueue):
         self._due: dict[int, tuple[float, int]] = {}
         self._heap: list[tuple[tuple[float, int], int]] = []
         self._serial = 0
+        # What the last pop took out of bands, for `put_back`: id, priority, lifetime, due.
+        self._popped: list[tuple[int, int, float, tuple[float, int] | None]] = []
 
     def __len__(self) -> int:
         return super().__len__() + self._num_banded
@@ -62,6 +64,7 @@ class RetainedQueue(FreeQueue):
 
     def pop(self, count: int) -> Int32:
         """Take the ``count`` ids that are worth least; the queue holds at least as many."""
+        self._popped = []
         if not self._num_banded:
             return super().pop(count)
         parts = []
@@ -78,6 +81,22 @@ class RetainedQueue(FreeQueue):
             parts.append(self._pop_band(priority, count))
             count -= parts[-1].size
         return np.concatenate([np.empty(0, np.int32), *parts])
+
+    def put_back(self, ids: Int32) -> None:
+        """Undo the `pop` that took these ids, priorities included, if nothing was done since."""
+        popped, self._popped = self._popped, []
+        banded = [one for one, *_ in popped]
+        super().put_back(ids[~np.isin(ids, banded)] if banded else ids)
+        for one, priority, lifetime, due in reversed(popped):
+            self.priority[one], self.lifetime[one] = priority, lifetime
+            band = self._bands.setdefault(priority, OrderedDict())
+            band[one] = None
+            band.move_to_end(one, last=False)
+            self._in_band[one] = True
+            self._num_banded += 1
+            if due is not None:
+                self._due[one] = due
+                heapq.heappush(self._heap, (due, one))
 
     def push(self, ids: Int32) -> None:
         """Append distinct ids at the tails of their bands, in the order given."""
@@ -238,6 +257,8 @@ class RetainedQueue(FreeQueue):
     def _pop_band(self, priority: int, count: int) -> Int32:
         ids = list(self._bands[priority])[:count] if count else []
         for one in ids:
+            lifetime, due = float(self.lifetime[one]), self._due.get(one)
+            self._popped.append((one, priority, lifetime, due))
             self._leave(one)
             self._reset(one)
         return np.array(ids, np.int32)

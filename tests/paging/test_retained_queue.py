@@ -72,6 +72,12 @@ class QueueMachine(RuleBasedStateMachine):
             self.drop(one)
             self.plain(one)
 
+    @rule(data=st.data())
+    def pop_and_put_back(self, data):
+        # Order, priorities and times are as before: the model does not change.
+        count = data.draw(st.integers(0, len(self.order())))
+        self.queue.put_back(self.queue.pop(count))
+
     @rule(data=st.data(), how=st.sampled_from(["push", "distinct", "few", "twice"]))
     def push(self, data, how):
         away = sorted(set(range(1, self.count + 1)) - set(self.waiting()))
