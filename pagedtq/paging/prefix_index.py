@@ -124,8 +124,8 @@ class PrefixIndex:
 
         Parameters
         ----------
-        keys, pages : sequences of the same length
-            Consecutive blocks of a sequence; no page holds a block yet.
+        keys, pages : sequence
+            Consecutive blocks of a sequence, as many of either; no page holds a block yet.
         parent : bytes, optional
             Key of the block before the first, for the observer.
         tokens : int32[n], optional
