@@ -222,7 +222,8 @@ def eviction() -> str:
 
 def fidelity() -> str:
     """Return the body of docs/fidelity.md."""
-    columns = ("setting", "B/token/head", "compression", "KL mnat", "+-", "perplexity %", "top-1 %")
+    columns = ("context", "setting", "B/token/head", "compression", "KL mnat", "+-")
+    columns += ("perplexity %", "top-1 %")
     questions = {
         "settings": "What does each format do to a trained decoder?",
         "bits by layer": "Do bits chosen layer by layer beat the same bits everywhere?",
@@ -232,8 +233,7 @@ def fidelity() -> str:
     parts = [conditions(load("fidelity"))]
     for part, question in questions.items():
         rows = [row for row in load("fidelity")["rows"] if row["part"] == part]
-        shown = ("context", *columns) if part == "window" else columns
-        parts += [f"### {question}", markdown(rows, shown)]
+        parts += [f"### {question}", markdown(rows, columns)]
     return "\n\n".join([*parts, *(f"- {note}" for note in load("fidelity")["notes"])])
 
 
