@@ -235,7 +235,7 @@ class Report:
         path.write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
 
 
-_CODE = (".py", ".cu")
+_CODE = (".py", ".cu", ".cuh")
 
 if __name__ == "__main__":
     sys.exit(main())
