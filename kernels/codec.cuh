@@ -111,6 +111,23 @@ DEVICE float length_of(const Codes<Form>& codes, const Book<Form>& book, int lan
     }
 }
 
+// The inner product of u with what its codes decode to.
+template <class Form>
+DEVICE float product_with(const Elements& u, const Codes<Form>& codes, const Book<Form>& book,
+                          int lane, float* scratch) {
+    Elements terms;
+#pragma unroll
+    for (int j = 0; j < kSpan; ++j) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            const float magnitude = book.magnitude(codes.magnitude(j, e));
+            const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
+            terms[j][e] = exists(lane, j, e) ? mul_rn(magnitude, size) : 0.0f;
+        }
+    }
+    return fold(terms, lane, scratch);
+}
+
 // Of the codes of u stretched by 13/16 to 20/16, those nearest to u in direction; the first of equal
 // ones. Returns their length.
 template <class Form>
@@ -128,16 +145,7 @@ DEVICE float search(const Elements& u, const Book<Form>& book, int lane, float* 
             for (int e = 0; e < 8; ++e) terms[j][e] = mul_rn(u[j][e], stretch);
         }
         const Codes<Form> tried = quantize<Form>(terms, book, lane);
-#pragma unroll
-        for (int j = 0; j < kSpan; ++j) {
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
-                const float magnitude = book.magnitude(tried.magnitude(j, e));
-                terms[j][e] = exists(lane, j, e) ? mul_rn(magnitude, size) : 0.0f;
-            }
-        }
-        const float product = fold(terms, lane, scratch);
+        const float product = product_with<Form>(u, tried, book, lane, scratch);
         const float its_length = length_of<Form>(tried, book, lane, scratch);
         const float cosine = div_rn(product, its_length);
         if (cosine > best) {
@@ -159,17 +167,7 @@ DEVICE u16 stored_norm(float norm, const Elements& u, const Codes<Form>& codes, 
     } else if constexpr (Form::scale == SCALE_NORM_CORRECTED) {
         stored = div_rn(norm, length_of<Form>(codes, book, lane, scratch));
     } else {
-        Elements terms;
-#pragma unroll
-        for (int j = 0; j < kSpan; ++j) {
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float magnitude = book.magnitude(codes.magnitude(j, e));
-                const float size = bits_float(float_bits(u[j][e]) & 0x7fffffffu);
-                terms[j][e] = exists(lane, j, e) ? mul_rn(magnitude, size) : 0.0f;
-            }
-        }
-        const float sum = fold(terms, lane, scratch);
+        const float sum = product_with<Form>(u, codes, book, lane, scratch);
         const float root = bits_float(ROOT_BITS);
         stored = sum > 0.0f ? div_rn(mul_rn(norm, root), sum) : 0.0f;
     }
