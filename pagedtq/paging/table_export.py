@@ -102,11 +102,14 @@ class TableExport:
         size = rows.size
         resized = self._fit(size, int(blocks.max(initial=0)))
         last, before, first = tables._touched.take(rows, axis=1)
-        known, stamps = self._ids[:size] == ids, self._stamps[:size]
-        stale = np.flatnonzero(~known | (last > stamps))
+        known, stamps, had = self._ids[:size] == ids, self._stamps[:size], self._blocks[:size]
+        touched = last > stamps
+        stale = np.flatnonzero(~known | touched | (blocks > had))
+        # Appending notes nothing: it is seen by the number of blocks.
+        begin = np.where(touched, np.where(before <= stamps, np.minimum(first, had), 0), had)
+        begin = np.where(known, begin, 0)[stale]
         # What was written behind the new end becomes 0 again, as it is in the tables' row.
-        begin = np.where(known & (before <= stamps), first, 0)[stale]
-        end = np.maximum(blocks[stale], self._blocks[stale])
+        end = np.maximum(blocks[stale], had[stale])
         member, block = self._differing(rows[stale], stale, begin, np.maximum(begin, end))
         at, values = stale[member], tables._table[rows[stale[member]], block]
         held = (values > 0).astype(np.int64) - (self.buffer[at, block] > 0)
