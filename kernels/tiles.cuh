@@ -4,7 +4,7 @@
 //           values and norms of a tile
 // mapping   lane = 4 g + t as in keys.cuh and values.cuh; a tile is a multiple of 16 tokens
 // bytes     the tile's planes, once
-// host twin pagedtq/backends/attend_arguments.py (AttendShape), host_attend.py (Span, Rows)
+// host twin pagedtq/backends/attend_shape.py (AttendShape), host_attend.py (Span, Rows)
 //
 // The macros of a specialisation are explained in attend.cu.
 
@@ -25,7 +25,7 @@ typedef Values<VALUE_FORMAT, HEAD_DIM> ValueRow;
 // What is decoded element by element gains nothing from larger tiles.
 static_assert(TILE_TOKENS == 16 ||
                   (is_tuned(KEY_FORMAT, HEAD_DIM) && is_tuned(VALUE_FORMAT, HEAD_DIM)),
-              "attend_arguments.tile_tokens and is_tuned disagree");
+              "stream_formats.tile_tokens and is_tuned disagree");
 
 constexpr bool kKeyNorms = !is_exact(KEY_FORMAT);
 constexpr bool kValueNorms = !is_exact(VALUE_FORMAT);

@@ -12,7 +12,8 @@ import numpy as np
 from ..config import Dtype
 from ..paging.kernel_macros import DTYPE_NUMBERS
 from ..paging.layout import PageLayout
-from .attend_arguments import AttendKernel, attend_shape
+from .attend_kernel import AttendKernel
+from .attend_shape import attend_shape
 from .kernel_tables import StreamTables
 from .page_launches import BLOCK, Launch, lanes_of
 
@@ -147,7 +148,7 @@ class AttentionLaunches:
     tables : tuple of StreamTables or None
         Of keys and values; None for an exact stream.
     entries : tuple of array of uint16
-        Decoded values of the codes of keys and values (`attend_arguments.table_entries`).
+        Decoded values of the codes of keys and values (`attend_shape.table_entries`).
     qjl_factor : float
         Prod: the projection's factor.
     """

@@ -10,8 +10,9 @@ from ..codec import TurboQuantCodec
 from ..config import CacheConfig, Polar
 from ..errors import UnsupportedError
 from ..paging.layout import PageLayout
-from .attend_arguments import MAX_HEAD_DIM, table_entries
+from .attend_kernel import MAX_HEAD_DIM
 from .attend_launches import AttentionLaunches
+from .attend_shape import table_entries
 from .cuda_operands import Operands
 from .cuda_window import CudaWindow
 from .device import DeviceArray

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..config import Dtype
 from ..errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from ..paging.table_views import Reads
-from .attend_arguments import AttendKernel, attend_kernel
+from .attend_kernel import AttendKernel, attend_kernel
 from .attend_launches import AttentionLaunches, QueryRows, State, Units
 from .cuda_exact import ExactParts
 from .cuda_operands import DeviceTokens

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..paging.table_views import Reads
-from .attend_arguments import score_starts
 from .cuda_window import CudaWindow
 from .device import Device, DeviceArray
 from .host_score import PageStats, Scores
 from .score_places import page_stats as stats_launch
+from .score_places import score_starts
 
 if TYPE_CHECKING:
     from .cuda import CudaBackend

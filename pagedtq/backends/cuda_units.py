@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .attend_arguments import AttendKernel
+from .attend_kernel import AttendKernel
 from .attend_launches import ReadBuffers, Units, plan_splits
 from .cuda_reads import StepReads
 from .device import Device

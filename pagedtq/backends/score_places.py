@@ -56,6 +56,23 @@ def block_counts(table: Array, reads: Reads, page_size: int) -> Array:
     return np.where(table != 0, counts, 0)
 
 
+def score_starts(table: Array, reads: Reads, page_size: int) -> tuple[Array, Array]:
+    """Say where the scores of every sequence and block go in a ragged row.
+
+    Parameters are those of `block_counts`.
+
+    Returns
+    -------
+    sequence_starts : ndarray of int64 ``[batch + 1]``
+    block_starts : ndarray of int64 ``[batch, max_blocks]``
+        From the start of the sequence.
+    """
+    counts = block_counts(table, reads, page_size)
+    ends = counts.cumsum(axis=1)
+    totals = np.concatenate([[0], counts.sum(axis=1).cumsum()])
+    return totals.astype(np.int64), ends - counts
+
+
 def stats_places(table: Array, reads: Reads, page_size: int) -> StatsPlaces:
     """Give numbers to pages that hold a readable position; parameters as of `block_counts`."""
     read = block_counts(table, reads, page_size) > 0
@@ -80,7 +97,7 @@ def page_stats(
     scores : float32 ``[num_q_heads, total]``
         What ``score`` wrote.
     starts : tuple of int64 ``[batch + 1]`` and ``[batch, max_blocks]``
-        As given to ``score`` (`attend_arguments.score_starts`).
+        As given to ``score`` (`score_starts`).
     numbers : int32 ``[batch, max_blocks]``
         From `stats_places`.
     maximum, mass : float32 ``[num_q_heads, total_pages]``

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from pagedtq import CacheConfig, Exact, TurboQuant
-from pagedtq.backends.attend_arguments import AttendKernel
+from pagedtq.backends.attend_kernel import AttendKernel
 from pagedtq.backends.kernel_source import Specialisation, specialise
 from pagedtq.backends.stream_formats import (
     column_tiles_of,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagedtq.backends.attend_arguments import attend_kernel, attend_shape, table_entries
+from pagedtq.backends.attend_kernel import attend_kernel
+from pagedtq.backends.attend_shape import attend_shape, table_entries
 from pagedtq.backends.queries import check_queries, prepare_queries, unrotate_outputs
 from pagedtq.backends.states import merge_states
 from tests.simt.harness import compile_kernels

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pagedtq.backends.attend_arguments import attend_kernel, attend_shape, table_entries
+from pagedtq.backends.attend_kernel import attend_kernel
+from pagedtq.backends.attend_shape import attend_shape, table_entries
 from pagedtq.backends.kernel_tables import stream_tables
 from pagedtq.backends.page_launches import lanes_of
 from pagedtq.backends.states import add_sink, merge_states

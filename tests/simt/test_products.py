@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pagedtq.backends.attend_arguments import attend_kernel
+from pagedtq.backends.attend_kernel import attend_kernel
 from pagedtq.errors import UnsupportedError
 from tests.reference import relative_error, softmax_attention
 from tests.simt.device_attention import DeviceAttention

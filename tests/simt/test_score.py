@@ -5,16 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pagedtq.backends.attend_arguments import (
-    attend_kernel,
-    attend_shape,
-    score_starts,
-    table_entries,
-)
+from pagedtq.backends.attend_kernel import attend_kernel
+from pagedtq.backends.attend_shape import attend_shape, table_entries
 from pagedtq.backends.host_score import Scores
 from pagedtq.backends.host_score import page_stats as host_page_stats
 from pagedtq.backends.queries import check_queries, prepare_queries
-from pagedtq.backends.score_places import page_stats, stats_places
+from pagedtq.backends.score_places import page_stats, score_starts, stats_places
 from tests.reference import scores as exact_scores
 from tests.simt.device_attention import f16_rows, share_out
 from tests.simt.device_layer import run
