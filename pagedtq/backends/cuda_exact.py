@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import Dtype
-from .attend_launches import NO_STATE, State, merge_dense
+from .attend_buffers import NO_STATE, State
+from .attend_launches import merge_dense
 from .chunk_pages import chunk_layout, chunk_reads, chunk_table
 from .cuda_operands import DeviceTokens
 from .cuda_reads import StepReads, WorkArrays

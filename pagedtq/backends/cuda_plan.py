@@ -16,8 +16,9 @@ import numpy.typing as npt
 from ..config import Dtype
 from ..errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from ..paging.table_views import Reads
+from .attend_buffers import QueryRows, State, Units
 from .attend_kernel import AttendKernel, attend_kernel
-from .attend_launches import AttentionLaunches, QueryRows, State, Units
+from .attend_launches import AttentionLaunches
 from .cuda_exact import ExactParts
 from .cuda_operands import DeviceTokens
 from .cuda_reads import StepReads, WorkArrays

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..config import CacheConfig
 from ..errors import ArgumentError
 from ..paging.table_views import Reads
-from .attend_launches import ReadBuffers
+from .attend_buffers import ReadBuffers
 from .chunk_pages import chunk_slots
 from .device import Device, DeviceArray
 from .host import without_chunk

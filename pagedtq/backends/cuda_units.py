@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
+from .attend_buffers import ReadBuffers, Units
 from .attend_kernel import AttendKernel
-from .attend_launches import ReadBuffers, Units, plan_splits
+from .attend_launches import plan_splits
 from .cuda_reads import StepReads
 from .device import Device
 
