@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ from ..codec.constants import constant_bytes
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, UnsupportedError
 from ..paging.arguments import integer
-from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
+from .cuda_kept_plans import KeptPlans
 from .cuda_layer import CudaLayer, refuse_unsupported
 from .cuda_operands import DeviceTokens, Operands
 from .cuda_pages import CudaPages, SwappedPages
@@ -24,16 +23,13 @@ from .device import Device, DeviceArray, Event
 from .dtypes import STORAGE
 from .host_bounds import PageBounds
 from .host_score import PageStats, Scores
+from .paged_backend import PagedBackend
 from .queries import check_query_shapes, check_scale
-from .tokens import check_means
 
 Array = npt.NDArray[Any]
 
-# Step shapes whose buffers are kept; a serving engine decodes with a few batch sizes.
-_PLANS = 16
 
-
-class CudaBackend:
+class CudaBackend(PagedBackend):
     """Store, score and attend on pages with CUDA kernels.
 
     Operations, argument order and refusals are those of `HostBackend`. Arguments may be NumPy
@@ -101,20 +97,16 @@ class CudaBackend:
             from .cupy_device import CupyDevice
 
             device = CupyDevice()
-        self.config, self.device, self.split_tokens = config, device, split_tokens
-        self.int8_values = int8_values
-        self.layout = PageLayout(config)
-        self.key_means = check_means(key_means, config)
+        super().__init__(config, key_means)
+        self.device, self.split_tokens, self.int8_values = device, split_tokens, int8_values
         self.operands = Operands(device, config, validate)
         self.pool: DeviceArray = device.zeros((self.layout.pool_bytes,), np.uint8)
-        means = [None] * config.num_layers if self.key_means is None else list(self.key_means)
         self.layers = [
             CudaLayer(self.layout, self.pool, layer, mean, self.operands)
-            for layer, mean in enumerate(means)
+            for layer, mean in enumerate(self._layer_means())
         ]
-        self.pages = CudaPages(self.layout, self.pool, self.operands)
-        self.page_owners: Array | None = None
-        self._plans: OrderedDict[tuple[int, ...], AttendPlan] = OrderedDict()
+        self.pages: CudaPages = CudaPages(self.layout, self.pool, self.operands)
+        self._plans = KeptPlans()
 
     @property
     def description(self) -> str:
@@ -124,15 +116,8 @@ class CudaBackend:
     @property
     def codec_bytes(self) -> int:
         """Bytes of what codecs keep beside the pages, on the host and on the device."""
-        tables = [
-            table
-            for layer in self.layers
-            for stream in (layer.key_tables, layer.value_tables)
-            for table in stream or ()
-            if table is not None
-        ]
         on_host = constant_bytes([layer.codecs for layer in self.layers])
-        return on_host + sum(table.nbytes for table in tables)
+        return on_host + sum(layer.table_bytes for layer in self.layers)
 
     @property
     def validate(self) -> bool:
@@ -249,8 +234,8 @@ class CudaBackend:
         if window is not None:
             self.window(layer)
         chunk = 0 if keys is None and values is None else int(lens.max())
-        overlay = window is not None
-        plan = self._plan_for(len(lens), int(lens.sum()), block_table.shape[1], chunk, overlay)
+        shape = len(lens), int(lens.sum()), block_table.shape[1]
+        plan = self._plans.of_shape(self, *shape, chunk, window is not None)
         plan.update(block_table, reads, lens, window)
         return plan.attend(
             layer,
@@ -285,8 +270,8 @@ class CudaBackend:
         if not len(lens):
             empty = self.device.empty((queries.shape[1], 0), np.float32)
             return Scores(empty, np.zeros(1, np.int64), np.zeros(0, np.int64))
-        overlay = window is not None
-        plan = self._plan_for(len(lens), len(lens), block_table.shape[1], 0, overlay)
+        shape = len(lens), len(lens), block_table.shape[1]
+        plan = self._plans.of_shape(self, *shape, 0, window is not None)
         plan.update(block_table, reads, lens, window)
         return score(self, plan, layer, queries, block_table, reads, window)
 
@@ -324,26 +309,6 @@ class CudaBackend:
 
     # -- whole pages -------------------------------------------------------------------------
 
-    def copy_pages(self, src: Array, dst: Array) -> None:
-        """Copy whole pages, all layers and heads: ``dst[i]`` becomes ``src[i]``."""
-        self.pages.copy(src, dst)
-
-    def clear_norms(self, pages: Array) -> None:
-        """Zero the norm planes and key bounds of pages, so that no stale norm is ever NaN."""
-        self.pages.clear_norms(pages)
-
-    def fill_pages(self, pages: Array, byte: int) -> None:
-        """Fill whole pages with one byte (poison, in debug mode)."""
-        self.pages.fill(pages, byte)
-
-    def gather(self, pages: Array) -> DeviceArray:
-        """Copy pages out of the pool as slabs ``uint8[n, page_bytes]``, on the device."""
-        return self.pages.gather(pages)
-
-    def scatter(self, slabs: Any, pages: Array) -> None:
-        """Copy slabs ``uint8[n, page_bytes]``, of either memory, into pages of the pool."""
-        self.pages.scatter(slabs, pages)
-
     def swap_out(self, pages: Array) -> SwappedPages:
         """Copy pages into pinned host memory without waiting."""
         return self.pages.swap_out(pages)
@@ -357,20 +322,3 @@ class CudaBackend:
     def layer(self, layer: int) -> CudaLayer:
         """Return the launches and tables of a layer; ``ArgumentError`` if there is none."""
         return self.layers[integer("layer", layer, 0, self.config.num_layers - 1)]
-
-    def _plan_for(
-        self, batch: int, tokens: int, blocks: int, chunk: int, overlay: bool
-    ) -> AttendPlan:
-        """Return a plan of this shape; tables are padded so that growing rarely needs a new one.
-
-        Layers with and without the exact window read different ranges of one step.
-        """
-        room = 1 << max(3, (blocks - 1).bit_length())
-        key = (batch, tokens, room, chunk, int(overlay))
-        plan = self._plans.pop(key, None)
-        if plan is None:
-            plan = AttendPlan(self, batch, tokens, room, chunk)
-        self._plans[key] = plan
-        while len(self._plans) > _PLANS:
-            self._plans.popitem(last=False)
-        return plan

@@ -86,6 +86,12 @@ class CudaLayer:
         self.window = CudaWindow(config, operands, self.tokens) if overlay else None
         self.has_bounds = "key_bounds" in layout.extents[layer].planes
 
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of the encoder's tables on the device."""
+        streams = (stream or () for stream in (self.key_tables, self.value_tables))
+        return sum(table.nbytes for stream in streams for table in stream if table is not None)
+
 
 def refuse_unsupported(config: CacheConfig) -> None:
     """Refuse what no kernel reads.

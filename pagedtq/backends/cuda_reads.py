@@ -14,8 +14,8 @@ from ..paging.table_views import Reads
 from .attend_buffers import ReadBuffers
 from .chunk_pages import chunk_slots
 from .device import Device, DeviceArray
-from .host import without_chunk
 from .packed_upload import PackedUpload
+from .queries import without_chunk
 
 Array = npt.NDArray[Any]
 

@@ -8,27 +8,26 @@ import numpy as np
 import numpy.typing as npt
 
 from ..codec.constants import constant_bytes
-from ..config import CacheConfig, Dtype, TurboQuant
+from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, UnsupportedError
 from ..paging.arguments import integer
-from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
 from .dtypes import check_shape
 from .host_bounds import PageBounds
-from .host_chunk import attend_chunk
 from .host_layer import HostLayer
 from .host_pages import PageBytes
 from .host_score import PageStats, Scores, page_stats
-from .host_window import WindowRows, WindowStore
-from .queries import QueryTokens, check_queries, check_scale
-from .states import add_sink, merge_states
-from .tokens import TokenBatch, check_means, check_slots
+from .host_window import WindowStore
+from .paged_backend import PagedBackend
+from .queries import QueryTokens, check_queries, check_scale, without_chunk
+from .states import add_sink
+from .tokens import TokenBatch, check_slots
 from .workers import Workers
 
 Array = npt.NDArray[Any]
 
 
-class HostBackend:
+class HostBackend(PagedBackend):
     """Store, score and attend on pages with NumPy.
 
     Parameters
@@ -65,19 +64,15 @@ class HostBackend:
     ) -> None:
         if accumulate not in ("float32", "float64"):
             raise ArgumentError(f"accumulate must be float32 or float64, got {accumulate!r}")
-        self.config = config
-        self.layout = PageLayout(config)
+        super().__init__(config, key_means)
         self.dtype = np.dtype(accumulate)
-        self.key_means = check_means(key_means, config)
         self.pool: Array = np.zeros(self.layout.pool_bytes, np.uint8)
         self.workers = Workers(num_threads)
-        means = [None] * config.num_layers if self.key_means is None else list(self.key_means)
         self.layers = [
             HostLayer(self.layout, self.pool, layer, mean, self.dtype, self.workers)
-            for layer, mean in enumerate(means)
+            for layer, mean in enumerate(self._layer_means())
         ]
-        self.pages = PageBytes(self.layout, self.pool)
-        self.page_owners: Array | None = None
+        self.pages: PageBytes = PageBytes(self.layout, self.pool)
 
     @property
     def codec_bytes(self) -> int:
@@ -220,26 +215,10 @@ class HostBackend:
                 raise ArgumentError("keys and values of the chunk come together, got only one")
             check_shape(keys, "keys", (len(tokens.last), None, None), "one row per query token")
             chunk = one.check(keys, values, None)
-        pages = reads if chunk is None else without_chunk(reads, tokens.q_lens)
-        state = one.attend(tokens, block_table, pages, sm_scale, soft_cap)
-        if chunk is not None:
-            own = attend_chunk(tokens, chunk, sm_scale, soft_cap, self.dtype)
-            state = merge_states((state[0], own[0]), (state[1], own[1]))
-        state = _by_query_head(*state)
         if window is not None:
-            exact = self.attend_window(
-                layer,
-                queries,
-                *window,
-                reads,
-                sm_scale,
-                q_lens,
-                chunk_apart=chunk is not None,
-                soft_cap=soft_cap,
-                window_left=window_left,
-            )
-            state = merge_states((state[0], exact[0]), (state[1], exact[1]))
-        return add_sink(*state, sink_logits)
+            self.window(layer)  # refuses a layer without one
+        state = one.attend(tokens, block_table, reads, sm_scale, soft_cap, chunk, window)
+        return add_sink(*_by_query_head(*state), sink_logits)
 
     def attend_window(
         self,
@@ -261,16 +240,14 @@ class HostBackend:
         ``[batch]``, -1 for none) say where the rows lie, and ``chunk_apart`` leaves out the query
         tokens' own positions, whose keys and values were given to `attend`.
         """
-        window = self.window(layer)
+        self.window(layer)  # refuses a layer without one
         tokens = self._tokens(queries, reads, q_lens, window_left)
         check_scale(sm_scale, soft_cap)
         if chunk_apart:
             reads = without_chunk(reads, tokens.q_lens)
-        rows = WindowRows(tokens.values * sm_scale, tokens.last, tokens.floor)
-        out, lse = window.attend(
-            rows, tokens.q_lens, window_slots, sink_records, reads, soft_cap, self.dtype
-        )
-        return _by_query_head(out, lse)
+        owners = window_slots, sink_records
+        state = self._layer(layer).attend_window(tokens, reads, sm_scale, soft_cap, owners)
+        return _by_query_head(*state)
 
     def score(
         self,
@@ -319,10 +296,6 @@ class HostBackend:
             If the layer keeps no bounds: ``key_bounds`` is off, or its keys are exact or polar.
         """
         one = self._layer(layer)
-        if one.bounds is None:
-            keys = self.config.layer_codecs(layer)[0]
-            what = "key_bounds=True" if isinstance(keys, TurboQuant) else "TurboQuant keys"
-            raise UnsupportedError(f"layer {layer} ({keys} keys) keeps no bounds; it needs {what}")
         return one.score_bounds(self._tokens(queries, reads, None, None), block_table, reads)
 
     def norm_ratios(self, layer: int, pages: Array) -> Array:
@@ -346,14 +319,8 @@ class HostBackend:
             If a stream of the layer is exact: its norms are not kept apart.
         """
         one = self._layer(layer)
-        if not one.norms.complete:
-            keys, values = self.config.layer_codecs(layer)
-            raise UnsupportedError(
-                f"layer {layer} ({keys} keys, {values} values) keeps no norms apart; "
-                f"both streams must be coded"
-            )
         self.pages.check(pages)
-        return one.norms.ratios(pages)
+        return one.norm_ratios(pages)
 
     def load(self, layer: int, slots: Array) -> tuple[Array, Array]:
         """Decode page slots.
@@ -373,38 +340,7 @@ class HostBackend:
         one = self._layer(layer)
         return one.load(check_slots(self.config, self.page_owners, slots, None))
 
-    # -- whole pages -------------------------------------------------------------------------
-
-    def copy_pages(self, src: Array, dst: Array) -> None:
-        """Copy whole pages, all layers and heads: ``dst[i]`` becomes ``src[i]``.
-
-        Parameters
-        ----------
-        src, dst : ndarray of int ``[n]``
-            Page ids in ``[1, num_pages)``; no page is both source and destination.
-
-        Raises
-        ------
-        ArgumentError
-            An id outside the pool; nothing was copied.
-        """
-        self.pages.copy(src, dst)
-
-    def clear_norms(self, pages: Array) -> None:
-        """Zero the norm planes and key bounds of pages, so that no stale norm is ever NaN."""
-        self.pages.clear_norms(pages)
-
-    def fill_pages(self, pages: Array, byte: int) -> None:
-        """Fill whole pages with one byte (poison, in debug mode)."""
-        self.pages.fill(pages, byte)
-
-    def gather(self, pages: Array) -> Array:
-        """Copy pages out of the pool as slabs ``uint8[n, page_bytes]`` (see `PageLayout`)."""
-        return self.pages.gather(pages)
-
-    def scatter(self, slabs: Array, pages: Array) -> None:
-        """Copy slabs ``uint8[n, page_bytes]`` into pages of the pool."""
-        self.pages.scatter(slabs, pages)
+    # -- memory ------------------------------------------------------------------------------
 
     def host_memory(self, shape: tuple[int, ...]) -> Array:
         """Allocate bytes for the host tier, not cleared.
@@ -432,13 +368,6 @@ class HostBackend:
     ) -> QueryTokens:
         heads, dim = self.config.num_kv_heads, self.config.head_dim
         return check_queries(queries, reads, q_lens, heads, dim, window_left)
-
-
-def without_chunk(reads: Reads, q_lens: Array) -> Reads:
-    """Leave the query tokens' own positions out of the read ranges."""
-    ends = reads.kv_lens - q_lens
-    stop, first = np.minimum(reads.stop, ends), np.minimum(reads.first, ends)
-    return reads._replace(kv_lens=ends, stop=stop, first=first)
 
 
 def _by_query_head(out: Array, lse: Array) -> tuple[Array, Array]:

@@ -10,19 +10,22 @@ import numpy as np
 import numpy.typing as npt
 
 from ..codec import TurboQuantCodec
-from ..config import Dtype, Polar
+from ..config import Dtype, Polar, TurboQuant
+from ..errors import UnsupportedError
 from ..paging.layout import PageLayout
 from ..paging.table_views import Reads
 from .dtypes import Float32
 from .host_attend import PageAttention, Span, span_of
 from .host_bounds import KeyBounds, PageBounds
+from .host_chunk import attend_chunk
 from .host_norms import NormPlanes
 from .host_score import Scores
-from .host_window import WindowStore
+from .host_window import WindowRows, WindowStore
 from .page_reader import StreamReader
 from .page_writer import PageWriter
 from .polar_reader import PolarReader
-from .queries import PreparedQueries, QueryTokens, prepare_queries, unrotate_outputs
+from .queries import PreparedQueries, QueryTokens, prepare_queries, unrotate_outputs, without_chunk
+from .states import merge_states
 from .tokens import TokenBatch, check_tokens, layer_codecs
 from .workers import Workers
 
@@ -111,16 +114,48 @@ class HostLayer:
         reads: Reads,
         sm_scale: float,
         soft_cap: float | None,
+        chunk: TokenBatch | None = None,
+        window: tuple[Array, Array] | None = None,
     ) -> tuple[Array, Array]:
-        """Attend over pages.
+        """Attend over pages, the query tokens' own keys and values, and the exact window.
 
         Returns
         -------
         out : ndarray ``[tokens, num_kv_heads, group, head_dim]``
         lse : ndarray of float64 ``[tokens, num_kv_heads, group]``
         """
-        prepared = self._prepare(tokens, sm_scale)
-        spans = self._spans(block_table, reads)
+        if chunk is not None:
+            reads = without_chunk(reads, tokens.q_lens)
+        prepared, spans = self._prepare(tokens, sm_scale), self._spans(block_table, reads)
+        state = self._attend_pages(tokens, prepared, spans, soft_cap)
+        if chunk is not None:
+            own = attend_chunk(tokens, chunk, sm_scale, soft_cap, self.dtype)
+            state = merge_states((state[0], own[0]), (state[1], own[1]))
+        if window is not None:
+            exact = self.attend_window(tokens, reads, sm_scale, soft_cap, window)
+            state = merge_states((state[0], exact[0]), (state[1], exact[1]))
+        return state
+
+    def attend_window(
+        self,
+        tokens: QueryTokens,
+        reads: Reads,
+        sm_scale: float,
+        soft_cap: float | None,
+        owners: tuple[Array, Array],
+    ) -> tuple[Array, Array]:
+        """Attend over rings and sinks; ``owners`` are window slots and sink records."""
+        assert self.window is not None
+        rows = WindowRows(tokens.values * sm_scale, tokens.last, tokens.floor)
+        return self.window.attend(rows, tokens.q_lens, *owners, reads, soft_cap, self.dtype)
+
+    def _attend_pages(
+        self,
+        tokens: QueryTokens,
+        prepared: PreparedQueries,
+        spans: list[Span],
+        soft_cap: float | None,
+    ) -> tuple[Array, Array]:
         ends = np.cumsum(tokens.q_lens)
         out = np.zeros(tokens.values.shape, self.dtype)
         lse = np.full(out.shape[:3], -np.inf)
@@ -166,7 +201,12 @@ class HostLayer:
     def score_bounds(self, tokens: QueryTokens, block_table: Array, reads: Reads) -> PageBounds:
         """Bound the scores of one query token per sequence by whole pages of coded keys."""
         bounds = self.bounds
-        assert bounds is not None
+        if bounds is None:
+            keys = self.config.layer_codecs(self.index)[0]
+            what = "key_bounds=True" if isinstance(keys, TurboQuant) else "TurboQuant keys"
+            raise UnsupportedError(
+                f"layer {self.index} ({keys} keys) keeps no bounds; it needs {what}"
+            )
         prepared = self._prepare(tokens, 1.0)
         width = np.arange(block_table.shape[1])
         sealed = (width < (reads.stop // self.config.page_size)[:, None]) & (block_table > 0)
@@ -181,6 +221,16 @@ class HostLayer:
                 rows = prepared.rows(tokens, slice(index, index + 1), head)
                 values[head, :, begin:end] = bounds.scores(pages, head, rows)
         return PageBounds(values.reshape(heads * group, -1), indptr, blocks)
+
+    def norm_ratios(self, pages: Array) -> Array:
+        """Compare the norms of values and keys in full pages: float64 ``[n, num_kv_heads]``."""
+        if not self.norms.complete:
+            keys, values = self.config.layer_codecs(self.index)
+            raise UnsupportedError(
+                f"layer {self.index} ({keys} keys, {values} values) keeps no norms apart; "
+                f"both streams must be coded"
+            )
+        return self.norms.ratios(pages)
 
     def load(self, slots: Array) -> tuple[Array, Array]:
         """Decode page slots to ``[n, num_kv_heads, head_dim]``, in the original space."""

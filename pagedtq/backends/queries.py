@@ -110,6 +110,13 @@ def check_queries(
     return QueryTokens(shaped, lens, last, floor)
 
 
+def without_chunk(reads: Reads, q_lens: Array) -> Reads:
+    """Leave the query tokens' own positions out of the read ranges."""
+    ends = reads.kv_lens - q_lens
+    stop, first = np.minimum(reads.stop, ends), np.minimum(reads.first, ends)
+    return reads._replace(kv_lens=ends, stop=stop, first=first)
+
+
 def check_scale(sm_scale: float, soft_cap: float | None) -> None:
     """Refuse logit scales and caps that are not finite numbers, and caps that are not positive."""
     for name, value in (("sm_scale", sm_scale), ("soft_cap", 0 if soft_cap is None else soft_cap)):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pagedtq import CacheConfig, PagedKVCache, TurboQuant
-from pagedtq.backends.host import HostBackend, without_chunk
+from pagedtq.backends.host import HostBackend
+from pagedtq.backends.queries import without_chunk
 from pagedtq.paging.kernel_macros import DTYPE_NUMBERS
 from tests.reference import relative_error
 from tests.simt.harness import compile_kernels
