@@ -3,7 +3,8 @@
 from .prometheus import METRICS, MetricName, PrometheusCollector
 from .quantiles import ErrorQuantiles, LogHistogram
 from .receipts import BenchmarkReceipt, Machine, benchmark_receipt
-from .shadow import LayerErrors, ShadowedCache, ShadowReport
+from .shadow import ShadowedCache
+from .shadow_errors import LayerErrors, ShadowReport
 
 __all__ = [
     "METRICS",

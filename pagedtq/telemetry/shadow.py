@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -19,63 +18,10 @@ from ..paging.eviction import EvictionPlan, EvictionPolicy
 from ..paging.page_scores import PageRanking
 from ..paging.shared_prefixes import BlockChain
 from ..paging.step_plan import StepPlan
-from .quantiles import ErrorQuantiles, LogHistogram
+from .shadow_errors import LayerHistograms, ShadowReport
 
 Array = npt.NDArray[Any]
 SeqIds = int | Sequence[int] | Array
-
-_METRICS = ("output", "lse", "logit")
-
-
-class LayerErrors(msgspec.Struct, frozen=True, kw_only=True):
-    """Errors of one layer, or of all of them.
-
-    Attributes
-    ----------
-    layer : int or None
-        The layer; None for all.
-    output : ErrorQuantiles
-        ``|out - exact| / |exact|`` (L2 over ``head_dim``) per query token and head of `attend`.
-    lse : ErrorQuantiles
-        ``|lse - exact|`` per query token and head of `attend`.
-    logit : ErrorQuantiles
-        ``|q . k - exact| / sqrt(head_dim)`` per head and position of `score`.
-    """
-
-    layer: int | None
-    output: ErrorQuantiles
-    lse: ErrorQuantiles
-    logit: ErrorQuantiles
-
-
-class ShadowReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What the shadows have seen.
-
-    Attributes
-    ----------
-    schema : int
-        Version of this report.
-    fraction : float
-        Share of sequences that get a shadow.
-    opened, shadowed, dropped : int
-        Sequences opened so far (forks too), those with a shadow now, and shadows given up because
-        their pool was full.
-    shadow_bytes : int
-        Memory allocated for shadows.
-    total : LayerErrors
-        All layers together.
-    layers : list of LayerErrors
-        Each layer that has shadows.
-    """
-
-    schema: int
-    fraction: float
-    opened: int
-    shadowed: int
-    dropped: int
-    shadow_bytes: int
-    total: LayerErrors
-    layers: list[LayerErrors]
 
 
 class ShadowedCache(PagedKVCache):
@@ -144,9 +90,7 @@ class ShadowedCache(PagedKVCache):
         self._twins: dict[int, int] = {}
         self._random = np.random.default_rng(shadow_seed)
         self._opened = self._dropped = 0
-        self._errors = {
-            (layer, metric): LogHistogram() for layer in self._places for metric in _METRICS
-        }
+        self._errors = {layer: LayerHistograms() for layer in self._places}
         self._chosen = np.zeros(0, np.bool_)
 
     def open(
@@ -303,13 +247,8 @@ class ShadowedCache(PagedKVCache):
                 **options,
             )
             to_host = self.backend.to_host
-            exact, exact_lse = to_host(exact), to_host(exact_lse)
-            size = np.linalg.norm(exact, axis=-1)
-            error = np.linalg.norm(to_host(out)[mine] - exact, axis=-1)
-            self._errors[layer, "output"].add(error[size > 0] / size[size > 0])
-            readable = np.isfinite(exact_lse)
-            self._errors[layer, "lse"].add(
-                np.abs(to_host(lse)[mine][readable] - exact_lse[readable])
+            self._errors[layer].add_states(
+                (to_host(out)[mine], to_host(lse)[mine]), (to_host(exact), to_host(exact_lse))
             )
         return out, lse
 
@@ -321,19 +260,16 @@ class ShadowedCache(PagedKVCache):
             exact = self._on_host(self.shadow.score(self._places[layer], queries[chosen], twins))
             mine = self._on_host(scores)
             for index, member in enumerate(np.flatnonzero(chosen).tolist()):
-                error = np.abs(mine.of(member)[0] - exact.of(index)[0])
-                self._errors[layer, "logit"].add(error / np.sqrt(self.config.head_dim))
+                self._errors[layer].add_scores(
+                    mine.of(member)[0], exact.of(index)[0], self.config.head_dim
+                )
         return scores
 
     def shadow_report(self) -> ShadowReport:
         """Return the errors seen so far."""
-        total = {metric: LogHistogram() for metric in _METRICS}
-        for (_, metric), histogram in self._errors.items():
-            total[metric].merge(histogram)
-        layers = [
-            _layer_errors(layer, {metric: self._errors[layer, metric] for metric in _METRICS})
-            for layer in self._places
-        ]
+        total = LayerHistograms()
+        for histograms in self._errors.values():
+            total.merge(histograms)
         return ShadowReport(
             schema=1,
             fraction=self.fraction,
@@ -341,8 +277,8 @@ class ShadowedCache(PagedKVCache):
             shadowed=len(self._twins),
             dropped=self._dropped,
             shadow_bytes=self.memory_report().shadow_bytes,
-            total=_layer_errors(None, total),
-            layers=layers,
+            total=total.summary(None),
+            layers=[histograms.summary(layer) for layer, histograms in self._errors.items()],
         )
 
     def memory_report(self) -> MemoryReport:
@@ -365,9 +301,3 @@ class ShadowedCache(PagedKVCache):
         found = [seq in self._twins for seq in ids]
         twins = [self._twins[seq] for seq in ids if seq in self._twins]
         return np.array(found, np.bool_), np.array(twins, np.int64)
-
-
-def _layer_errors(layer: int | None, histograms: dict[str, LogHistogram]) -> LayerErrors:
-    return LayerErrors(
-        layer=layer, **{name: histogram.summary() for name, histogram in histograms.items()}
-    )
