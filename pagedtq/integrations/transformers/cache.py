@@ -20,7 +20,7 @@ from .layer import PagedTQLayer
 from .model_shape import cache_config, decoder_of, decoder_shape, model_digest
 from .padded_batch import PaddedBatch
 from .padding import Arrival
-from .tensors import DTYPES, by_head, by_token, dtype_of, severed
+from .tensors import DTYPES, by_token, dtype_of
 
 
 class PagedTQCache(Cache):  # type: ignore[misc]
@@ -240,24 +240,14 @@ class PagedTQCache(Cache):  # type: ignore[misc]
             )
         if self.batch.arrival is None:
             self.batch.begin(arrival)
-        past = self.batch.length
         keys, values = by_token(key_states, arrival.places), by_token(value_states, arrival.places)
         self.batch.store(layer_idx, keys, values, DTYPES[key_states.dtype])
         if self._in_pages:
             return mark_own_tokens(
                 self.batch, layer_idx, layer.sliding_window, key_states, value_states
             )
-        start = layer.first_visible(past)
-        if self.batch.own_tokens == "stored":
-            past += arrival.num_tokens
-        dense = self.batch.dense(layer_idx, start, past) if start < past else ()
-        parts = [[by_head(array, key_states)] for array in dense] or [[], []]
-        if self.batch.own_tokens == "exact":
-            parts[0].append(key_states)
-            parts[1].append(value_states)
-        states = key_states, value_states
-        joined = [torch.cat(part, dim=2) for part in parts]
-        return severed(joined[0], *states), severed(joined[1], *states)
+        read: tuple[torch.Tensor, torch.Tensor] = layer.readable(key_states, value_states)
+        return read
 
     # -- the batch ---------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ...errors import StepError, UnsupportedError
-from .tensors import by_head, check_states
+from .tensors import by_head, check_states, severed
 
 if TYPE_CHECKING:
     from .cache import PagedTQCache
@@ -95,6 +95,28 @@ class PagedTQLayer(CacheLayerMixin):  # type: ignore[misc]
             raise StepError("the cache is empty: no forward call has stored anything yet")
         keys, values = self._cache.batch.dense(self.index, 0, self.get_seq_length())
         return by_head(keys, like), by_head(values, like)
+
+    def readable(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the queries of the open call read, whose own keys and values these are.
+
+        That is what was stored before, decoded from `first_visible` on, then the call's own tokens:
+        as they came, or decoded too where the cache's ``own_tokens`` are ``"stored"``.
+        """
+        batch = self._cache.batch
+        exact, stop = batch.own_tokens == "exact", batch.length
+        start = self.first_visible(stop)
+        if not exact:
+            stop += batch.open_arrival.num_tokens
+        dense = batch.dense(self.index, start, stop) if start < stop else ()
+        parts = [[by_head(array, key_states)] for array in dense] or [[], []]
+        if exact:
+            parts[0].append(key_states)
+            parts[1].append(value_states)
+        keys, values = (torch.cat(part, dim=2) for part in parts)
+        states = key_states, value_states
+        return severed(keys, *states), severed(values, *states)
 
     def offload(self) -> None:
         """Do nothing: pages never lie on the model's device."""
