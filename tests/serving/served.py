@@ -1,4 +1,4 @@
-"""Requests and managers of the serving tests, and the two things a scheduler does with them."""
+"""Requests and managers of the serving tests, what a scheduler does with them, and what it sees."""
 
 from __future__ import annotations
 
@@ -37,3 +37,19 @@ def decode(manager, request, tokens):
     request.num_computed_tokens = request.num_tokens
     manager.tables.check_integrity()
     return list(new.page_ids)
+
+
+def free_order(manager) -> list[int]:
+    """Return the free pages in the order in which they will be taken."""
+    return manager.tables.pool.free_ids().tolist()
+
+
+def refs(manager) -> list[int]:
+    """Return the owners of every page."""
+    return manager.tables.pool.ref_counts.tolist()
+
+
+def state(manager):
+    """Return what a refused call must leave alone."""
+    tables = manager.tables
+    return refs(manager), free_order(manager), tables._table.tolist(), len(tables.prefix)
