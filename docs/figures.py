@@ -1,7 +1,7 @@
 """Draw the figures of the pages: ``python -m docs.figures [FOLDER]`` (needs ``plots``).
 
-Byte offsets come from ``PageLayout``, so the page figure cannot drift from the format. Colours are
-chosen to read on light and on dark pages: transparent ground, mid-grey text, dark text on fills.
+Byte offsets come from ``PageLayout``, so the page figure cannot drift from the format. Text on
+fills is dark; the rest is of `benchmarks.figure_style`.
 """
 
 from __future__ import annotations
@@ -14,20 +14,12 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from docs.plots import EXACT, GREY, KEYS, LINE, NORMS, SHARED, VALUES, measured_figures
+from benchmarks.figure_style import GREY, LINE, STYLE
+from docs.plots import EXACT, KEYS, NORMS, SHARED, VALUES, measured_figures
 from pagedtq import preset
 from pagedtq.paging.layout import PageLayout
 
 INK, EMPTY = "#15202b", "none"
-
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": GREY,
-    "svg.hashsalt": "pagedtq",  # the same file from every run
-    "svg.fonttype": "path",
-    "savefig.transparent": True,
-}
 
 
 def box(axes: Axes, x: float, y: float, w: float, h: float, fill: str, text: str = "") -> None:

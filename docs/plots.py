@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from benchmarks.figure_style import GREY
 from pagedtq import PRESETS
 
-GREY, LINE = "#808890", "#8a939c"
 KEYS, VALUES, NORMS, EXACT = "#7fb3e6", "#f2b36b", "#b9a5e2", "#6cc49a"
 SHARED = "#c3c9cf"
 
@@ -22,15 +22,6 @@ def measured(name: str) -> list[dict[str, Any]]:
     results = Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json"
     rows: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))["rows"]
     return rows
-
-
-def muted(axes: Axes) -> None:
-    """Give axes the grey that reads on light and dark pages."""
-    axes.tick_params(colors=GREY, which="both")
-    axes.xaxis.label.set_color(GREY)
-    axes.yaxis.label.set_color(GREY)
-    for spine in axes.spines.values():
-        spine.set_color(LINE)
 
 
 def append() -> plt.Figure:
@@ -46,8 +37,7 @@ def append() -> plt.Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [f"{count // 1024}k" for count in tokens])
     axes.set(xlabel="tokens in the cache", ylabel="us per token", ylim=(0, None))
-    muted(axes)
-    axes.legend(frameon=False, labelcolor=GREY)
+    axes.legend(frameon=False)
     return figure
 
 
@@ -67,16 +57,14 @@ def step_cost() -> plt.Figure:
             places = [row[field] for row in line]
             cost = [row["min us"] for row in line]
             axes.plot(places, cost, marker="o", linestyle=style, color=colour, label=caller)
-        muted(axes)
     left.set_xscale("log")
     left.set(xlabel="pages of the pool, 1024 sequences", ylim=(0, None))
-    left.set_ylabel("us, least of 200 steps", color=GREY)
+    left.set_ylabel("us, least of 200 steps")
     right.set(xlabel="running sequences, 100 000 pages", xlim=(0, None), ylim=(0, None))
     figure.legend(
         *left.get_legend_handles_labels(),
         loc="outside lower center",
         ncols=4,
-        labelcolor=GREY,
         frameon=False,
     )
     return figure
@@ -95,8 +83,7 @@ def hit_rate() -> plt.Figure:
     axes.set_xticks(budgets, [str(budget) for budget in budgets])
     axes.minorticks_off()
     axes.set(xlabel="memory for the cache (GiB)", ylabel="prompt tokens found (%)", ylim=(0, None))
-    muted(axes)
-    axes.legend(frameon=False, labelcolor=GREY)
+    axes.legend(frameon=False)
     return figure
 
 
@@ -120,9 +107,8 @@ def fidelity() -> plt.Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks([32, 64, 128, 256], ["32", "64", "128", "256"])
     axes.set(xlabel="bytes per token and KV head", yscale="log", xlim=(27, 300))
-    axes.set_ylabel("KL of next-token distributions (millinats)", color=GREY)
-    muted(axes)
-    axes.legend(frameon=False, labelcolor=GREY, loc="lower left")
+    axes.set_ylabel("KL of next-token distributions (millinats)")
+    axes.legend(frameon=False, loc="lower left")
     return figure
 
 
@@ -140,9 +126,7 @@ def _points(
     for row, x, y in zip(rows, xs, ys, strict=True):
         name = row["setting"].split(" (")[0].replace("-centred", "").replace("-w0", "")
         if offset is not None:
-            axes.annotate(
-                name, (x, y), offset, textcoords="offset points", fontsize=6.5, color=GREY, ha=side
-            )
+            axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=6.5, ha=side)
 
 
 def sensitivities() -> plt.Figure:
@@ -163,8 +147,7 @@ def sensitivities() -> plt.Figure:
         axes.set_xticks(range(len(widths)), [str(bits) for bits in widths])
         axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
         axes.set(xlabel=f"bits of the {stream}")
-        muted(axes)
-    both[0].set_ylabel("layer", color=GREY)
+    both[0].set_ylabel("layer")
     return figure
 
 

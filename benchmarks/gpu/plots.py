@@ -6,19 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-#: Ground transparent, text mid-grey: readable on light and dark pages.
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": "#808890",
-    "axes.labelcolor": "#808890",
-    "axes.edgecolor": "#8a939c",
-    "xtick.color": "#808890",
-    "ytick.color": "#808890",
-    "svg.hashsalt": "pagedtq",
-    "svg.fonttype": "path",
-    "savefig.transparent": True,
-}
+from benchmarks.figure_style import LINE, STYLE
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -75,7 +63,7 @@ def _crossover(axes: Any, rows: list[dict[str, Any]]) -> bool:
             axes.plot(*zip(*points, strict=True), marker="o", label=f"batch {row['batch']}")
             drawn = True
     if drawn:
-        axes.axhline(1, color="#8a939c", linewidth=0.8)
+        axes.axhline(1, color=LINE, linewidth=0.8)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens / 1024:g} k")
         axes.set(xlabel="tokens of each sequence", ylabel="k4v4, times the best bf16 kernel")
