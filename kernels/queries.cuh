@@ -40,12 +40,14 @@ static_assert(HEAD_DIM <= 256, "KEY_INT8 takes head dims up to 256");
 // Fragments take PADDED_DIM / 8 registers per column tile. Beside them stand sums, twice as many; a
 // tile's keys and values, up to as many as the sums; temporaries of decoding element by element; and
 // integer sums (VALUE_INT8), with which three blocks fit for codes of 2 bits alone, up to 128 channels.
+// Loops that are not unrolled (rows.cuh) find them in shared memory alone.
 constexpr bool kQueriesShared = (VALUE_INT8 && VALUE_FORMAT == 2 && KEY_FORMAT == 2) ||
                                 (VALUE_INT8 && PADDED_DIM > 192) ||
                                 COLUMN_TILES * PADDED_DIM > 256 ||
                                 !is_tuned(KEY_FORMAT, HEAD_DIM) ||
                                 !is_tuned(VALUE_FORMAT, HEAD_DIM) ||
-                                (PADDED_DIM > 192 && is_exact(VALUE_FORMAT));
+                                (PADDED_DIM > 192 && is_exact(VALUE_FORMAT)) ||
+                                (KEY_PROD && !Sketch::kTuned);
 
 // Words of all column tiles, and of both terms of a row (KEY_INT8), for one matrix instruction each.
 #define STEP_WORDS (2 * COLUMN_TILES * QUERY_TERMS)
