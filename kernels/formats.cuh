@@ -6,8 +6,8 @@
 // host twin pagedtq/backends/stream_formats.py
 //
 // Formats are numbered by what a page holds: 1 to 8, the width of codes; 16, 17 and 32: exact f16,
-// bf16 and f32. Widths 2, 3, 4 and f16 load ahead into registers (`tuned`); every other format, and
-// head dims whose rows do not divide among the lanes, decode element by element when used.
+// bf16 and f32. Widths 2, 3, 4 and f16 are decoded from registers (`tuned`), a word at a time; every
+// other format, and head dims whose rows do not divide among the lanes, element by element.
 // bf16 and f32 go through f16: magnitudes beyond 65504 saturate.
 
 #pragma once

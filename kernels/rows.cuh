@@ -7,9 +7,9 @@
 // host twin pagedtq/backends/page_reader.py (StreamReader)
 //
 // Rows are decoded section by section. Up to head dim kAheadDim words are loaded a tile ahead, and a
-// row is one section. Above, sums of values leave no registers for that: a section is a load or
-// two of every lane, made when its turn comes. What is decoded element by element has sections of 32 or 64. Loops
-// over sections are not unrolled, so that no more than one of them is ever in registers.
+// row is one section. Above, sums of values leave no registers for that: a section is a load or two
+// of every lane, made when its turn comes. What is decoded element by element has sections of 32 or
+// 64 elements. Loops over sections are not unrolled, so that never more than one is in registers.
 
 #pragma once
 
@@ -36,14 +36,15 @@ DEVICE constexpr int tail_pair(int pair, int half) {
 // The codes (and sign) words one lane loads of a row `row` bytes long that `lanes` lanes share.
 template <int format, int head_dim, int row, int lanes>
 struct LaneWords {
-    static constexpr int kLoad = load_bytes(row, lanes);
+    // A section above kAheadDim is 64 or 128 elements of a key, or channels of a pair, where the row
+    // divides so: loads of 8 bytes below width 4, two of 16 for f16.
+    static constexpr bool kAhead = head_dim <= kAheadDim;
+    static constexpr int kWidest = load_bytes(row, lanes);
+    static constexpr int kLoad = !kAhead && format < 4 && kWidest > 8 ? 8 : kWidest;
     static constexpr bool kTail = tail_bytes(row, lanes) != 0;
     static constexpr int kMain = row - tail_bytes(row, lanes) * lanes;
     static constexpr int kChunks = kMain / (kLoad * lanes);
-    // Wide formats have few channels in a load: two make a section.
-    static constexpr int kPerSection = head_dim <= kAheadDim          ? kChunks
-                                       : format >= 4 && kChunks % 2 == 0 ? 2
-                                                                      : 1;
+    static constexpr int kPerSection = kAhead ? kChunks : is_exact(format) && kChunks % 2 == 0 ? 2 : 1;
     static constexpr int kSections = kChunks / kPerSection;
     // Of one section. A sign word serves two code words; below 8 bytes a load, two lanes share it.
     static constexpr int kWords = kPerSection * kLoad / 4;
@@ -73,43 +74,44 @@ struct LaneWords {
     // `codes` and `sign_row`: bytes from the source.
     DEVICE void load(const Source& source, int codes, int sign_row) {
         if constexpr (kSections == 1) {
-            load_section(source, codes, sign_row);
+            load_codes(source, codes);
         } else {
             sections = {source.codes + codes, source.signs + sign_row, nullptr, nullptr,
                         source.part};
         }
-        if constexpr (kTail) {
-            tail = ldg16(source.tail + codes);
-            if constexpr (kSigns) {
-                const u32 pair = ldg16(source.tail_signs + sign_row);
-                tail_signs = pair >> (source.part & 2);
-            }
-        }
-    }
-
-    DEVICE void load_section(const Source& source, int codes, int sign_row) {
-#pragma unroll
-        for (int chunk = 0; chunk < kPerSection; ++chunk) {
-            load_words<kLoad>(source.codes + (codes + chunk * kLoad * lanes),
-                              words + chunk * kLoad / 4);
-        }
-        if constexpr (kSigns) {
-#pragma unroll
-            for (int chunk = 0; chunk < kPerSection; ++chunk) {
-                const u8* from = source.signs + (sign_row + chunk * lanes * (kLoad / 2));
-                if constexpr (kLoad == 4) {
-                    signs[chunk] = ldg32(from) >> 2 * (source.part & 1);
-                } else {
-                    load_words<kLoad / 2>(from, signs + chunk * kLoad / 8);
-                }
-            }
+        if constexpr (kTail) tail = ldg16(source.tail + codes);
+        if constexpr (kSigns && kSections == 1) load_signs(source, sign_row);
+        if constexpr (kSigns && kTail) {
+            const u32 pair = ldg16(source.tail_signs + sign_row);
+            tail_signs = pair >> (source.part & 2);
         }
     }
 
     DEVICE void enter(int section) {
         if constexpr (kSections > 1) {
             const int chunk = section * kPerSection;
-            load_section(sections, chunk * kLoad * lanes, chunk * lanes * (kLoad / 2));
+            load_codes(sections, chunk * kLoad * lanes);
+            if constexpr (kSigns) load_signs(sections, chunk * lanes * (kLoad / 2));
+        }
+    }
+
+    // The words of a section, and their signs.
+    DEVICE void load_codes(const Source& source, int codes) {
+#pragma unroll
+        for (int chunk = 0; chunk < kPerSection; ++chunk) {
+            load_words<kLoad>(source.codes + (codes + chunk * kLoad * lanes),
+                              words + chunk * kLoad / 4);
+        }
+    }
+    DEVICE void load_signs(const Source& source, int sign_row) {
+#pragma unroll
+        for (int chunk = 0; chunk < kPerSection; ++chunk) {
+            const u8* from = source.signs + (sign_row + chunk * lanes * (kLoad / 2));
+            if constexpr (kLoad == 4) {
+                signs[chunk] = ldg32(from) >> 2 * (source.part & 1);
+            } else {
+                load_words<kLoad / 2>(from, signs + chunk * kLoad / 8);
+            }
         }
     }
 
