@@ -17,6 +17,9 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 #: alone; a list of a thousand integers costs more to convert than the whole step.
 Integers: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
+#: NumPy keeps one object for it: most arrays that come are of this very dtype.
+INT64 = np.dtype(np.int64)
+
 #: No count of tokens is larger; keeps every sum of a step inside int64.
 MAX_TOKENS = 1 << 40
 
@@ -51,6 +54,8 @@ def integers(name: str, values: Integers) -> Int64:
         If the values are not one-dimensional.
     """
     if isinstance(values, np.ndarray):
+        if values.dtype is INT64 and values.ndim == 1:
+            return values  # type: ignore[return-value]
         array = values
     else:
         if not hasattr(values, "__len__"):

@@ -99,12 +99,11 @@ class BlockHasher:
             The tokens of each block, as they are hashed.
         """
         hashed, root = self._hash, self.root
-        added = [
-            hashed((keys[-1] if keys else root) + block).digest()
-            for keys, block in zip(chains, blocks, strict=True)
-        ]
-        for keys, key in zip(chains, added, strict=True):
+        added = []
+        for keys, block in zip(chains, blocks, strict=True):
+            key = hashed((keys[-1] if keys else root) + block).digest()
             keys.append(key)
+            added.append(key)
         return added
 
 
@@ -155,7 +154,7 @@ def token_array(name: str, tokens: Sequence[int] | npt.NDArray[Any]) -> Int32:
     ArgumentError
         If one does not fit int32, or they are not one-dimensional.
     """
-    if isinstance(tokens, np.ndarray) and tokens.dtype == np.int32 and tokens.ndim == 1:
+    if isinstance(tokens, np.ndarray) and tokens.dtype == RAW_TOKENS and tokens.ndim == 1:
         return tokens
     if isinstance(tokens, np.ndarray) and tokens.dtype == np.uint64:
         # As int64 the large ones would pass for small negative ones.

@@ -14,7 +14,7 @@ from .arguments import Int32, Int64, Integers, token_counts
 from .block_keys import token_array
 from .published_blocks import PublishedBlocks
 from .shared_prefixes import Tokens
-from .step_plan import SequenceState, StepPlan
+from .step_plan import NO_IDS, SequenceState, StepPlan
 
 #: NumPy takes three times as long to add a Python integer to a small array as this.
 ONE = np.array(1)
@@ -29,6 +29,8 @@ class Turn:
     ----------
     members, rows : int64[n]
         Their places in the batch, and their rows.
+    count : int
+        n.
     blocks : int64[n]
         Blocks that each has, all of them full.
     pages : int64[n]
@@ -37,11 +39,12 @@ class Turn:
         Keys of the blocks of each, with prefix sharing; they grow.
     """
 
-    __slots__ = ("blocks", "keys", "members", "most_blocks", "pages", "rows")
+    __slots__ = ("blocks", "count", "keys", "members", "most_blocks", "pages", "rows")
 
     def __init__(self, members: Int64, rows: Int64, blocks: Int64, pages: Int64) -> None:
         self.members, self.rows, self.blocks, self.pages = members, rows, blocks, pages
-        self.most_blocks = int(blocks.max(initial=0))
+        self.count = rows.size
+        self.most_blocks = max(blocks.tolist(), default=0)
         self.keys: list[list[bytes]] = []
 
 
@@ -54,9 +57,11 @@ class DecodeRun:
         The batch.
     num_new : int64[B]
         Ones.
+    state : SequenceState of int64[B]
+        As it is now, read only: it is part of plans.
     places : int64[B]
-        With prefix sharing, where the token id of each member's next token goes, in the token ids
-        of all pages; meaningless for those at a block's end.
+        With prefix sharing, the page slot of each member's next token; meaningless for those at a
+        block's end.
     num_steps : int
         Steps since the run began.
     version : int
@@ -67,21 +72,24 @@ class DecodeRun:
         "_first_offsets",
         "num_new",
         "num_new_bytes",
-        "num_sinks",
         "num_steps",
         "places",
         "rows",
         "seq_ids",
+        "state",
         "turns",
         "version",
     )
 
-    def __init__(self, rows: Int64, seq_ids: Int64, offsets: Int64, places: Int64) -> None:
+    def __init__(
+        self, rows: Int64, seq_ids: Int64, length: Int64, offsets: Int64, places: Int64
+    ) -> None:
         self.rows, self.seq_ids, self._first_offsets, self.places = rows, seq_ids, offsets, places
-        self.num_new, self.num_sinks = np.ones(rows.size, np.int64), np.zeros(rows.size, np.int64)
-        # Every plan of the run has them.
-        for shared in (self.seq_ids, self.num_new, self.num_sinks):
-            shared.flags.writeable = False
+        self.num_new, no_sinks = np.ones(rows.size, np.int64), np.zeros(rows.size, np.int64)
+        self.state = SequenceState(length, length, length, no_sinks)
+        # Plans of the run have them.
+        for shared in (seq_ids, length, self.num_new, no_sinks):
+            shared.setflags(write=False)
         self.num_new_bytes = self.num_new.tobytes()
         self.num_steps = self.version = 0
         #: By offset in its block that a member had when the run began.
@@ -132,42 +140,36 @@ class DecodeRuns(PublishedBlocks):
         turn = self._turn_of(run)
         if turn is None:
             return None
-        need = turn.rows.size
+        need = turn.count
         if need > self.pool.num_free:
             return None
-        self._grow_width(turn.most_blocks + 1)
+        if turn.most_blocks >= self._table.shape[1]:
+            self._grow_width(turn.most_blocks + 1)
         if self.retention is not None:
             self.retention.refresh()
-        pages = self._take(need)[0]
+        pages = self._take(need)[0] if need else NO_IDS
         # Nothing fails from here on.
-        self.version += 1
+        self.version = run.version = self.version + 1
         if need:
-            self._touch(turn.rows, turn.blocks)
             self._table[turn.rows, turn.blocks] = pages
             turn.pages = pages.astype(np.intp)
             turn.blocks += ONE
             turn.most_blocks += 1
-        length = self._length.take(rows)
-        longer = length + ONE
+        old = run.state
+        longer = old.length + ONE
+        # It is the plan's, and the next one's.
+        longer.setflags(write=False)
+        new = run.state = SequenceState(longer, longer, longer, old.num_sinks)
         if tokens is not None:
             if need:
                 run.places[turn.members] = turn.pages * self._size
-            self._page_tokens.reshape(-1)[run.places] = tokens
+            self._slot_tokens[run.places] = tokens
             run.places += ONE
             self._known[rows] = longer
         self._length[rows] = longer
         run.num_steps += 1
-        run.version = self.version
         self._run = run
-        return StepPlan(
-            self,
-            run.seq_ids,
-            rows,
-            run.num_new,
-            SequenceState(length, length, length, run.num_sinks),
-            SequenceState(longer, longer, longer, run.num_sinks),
-            pages,
-        )
+        return StepPlan(self, run.seq_ids, rows, run.num_new, old, new, pages)
 
     def _note_decoded(self, rows: Int64, num_new: Int64) -> None:
         """Note a step outside a run: if it comes again, a run begins."""
@@ -196,7 +198,7 @@ class DecodeRuns(PublishedBlocks):
         pages = self._table[rows[opened], blocks[opened]]
         places = np.zeros_like(length)
         places[opened] = pages * self._size + offsets[opened]
-        return DecodeRun(rows, self._ids[rows], offsets, places)
+        return DecodeRun(rows, self._ids[rows], length, offsets, places)
 
     def _turn_of(self, run: DecodeRun) -> Turn | None:
         """Return the members of a run that are at a block's end now; None if one has odd keys."""
@@ -214,7 +216,7 @@ class DecodeRuns(PublishedBlocks):
                 turn.keys = [chain.keys for chain in chains]
                 for chain, done in zip(chains, self._published[rows].tolist(), strict=True):
                     # The keys of further blocks depend on nothing but their tokens.
-                    if len(chain.keys) != done or max(chain.extras, default=-1) >= done:
+                    if len(chain.keys) != done or (chain.extras and max(chain.extras) >= done):
                         self._decoded = run.rows, HOPELESS
                         return None
             run.turns[offset] = turn

@@ -133,20 +133,21 @@ class FreeQueue:
         Nothing is done if one is below ``first``, not among ``owners``, has not one owner, or is
         given twice.
         """
-        count = ids.size
-        if self._tail + count > self._end:
-            self._compact()
-        listed, at = ids.tolist(), 0
+        listed = ids.tolist()
+        count = len(listed)
+        left = iter(listed)
         try:
-            for at, entry in enumerate(listed):  # noqa: B007
+            for entry in left:
                 # One that is given twice has no owner left the second time.
                 if entry < first or owners[entry] != 1:
                     raise IndexError
                 owners[entry] = 0
         except IndexError:
-            for entry in listed[:at]:
+            for entry in listed[: count - len([*left]) - 1]:
                 owners[entry] = 1
             return False
+        if self._tail + count > self._end:
+            self._compact()
         tail = self._tail
         self._ring[tail : tail + count] = ids
         self._tail = tail + count

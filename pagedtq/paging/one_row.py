@@ -121,7 +121,6 @@ class OneRow(Steps):
         if not need:
             return []
         self._table[row, first:stop] = pages
-        self._touch(row, first)
         new: list[int] = pages.tolist()
         return new
 

@@ -83,7 +83,7 @@ class PublishedBlocks(SharedPrefixes):
             blocks = length // self._size
             pages = self._table[rows, blocks]
             self.prefix.forget(pages)
-            self._page_tokens[pages, length - blocks * self._size] = tokens
+            self._slot_tokens[pages * self._size + (length - blocks * self._size)] = tokens
             known = self._known.take(rows)
             self._known[rows] = known + (known == length)
             return
@@ -220,21 +220,22 @@ class PublishedBlocks(SharedPrefixes):
         by_block: Int32 | None = None if chain.opaque else self._page_tokens[pages]
         if tokens is not None:
             by_block = tokens.reshape(pages.size, self.page_size)
-        # Pages that hold their block already were published by a fork; evicted ones are gone.
-        fit = (pages > 0) & ~self.prefix.held[pages]
-        self._enter_runs(chain, first, pages, fit, by_block)
+        held = self.prefix.held[pages]
+        if np.count_nonzero(held) or np.count_nonzero(pages) < pages.size:
+            # Pages that hold their block already were published by a fork; evicted ones are gone.
+            self._enter_runs(chain, first, pages, (pages > 0) & ~held, by_block)
+            return
+        keys = chain.keys[first:stop] if first or stop < len(chain.keys) else chain.keys
+        parent = chain.keys[first - 1] if first else None
+        self.prefix.enter(
+            keys, pages.tolist(), parent, None if by_block is None else by_block.ravel()
+        )
 
     def _enter_runs(
         self, chain: BlockChain, first: int, pages: Int32, fit: Bools, by_block: Int32 | None
     ) -> None:
         """Publish the blocks from ``first`` on that fit: one announcement per run of them."""
         assert self.prefix is not None
-        if np.count_nonzero(fit) == fit.size:
-            parent = chain.keys[first - 1] if first else None
-            flat = None if by_block is None else by_block.ravel()
-            keys = chain.keys[first : first + pages.size]
-            self.prefix.enter(keys, pages.tolist(), parent, flat)
-            return
         fresh = np.flatnonzero(fit)
         runs = np.split(fresh, np.flatnonzero(np.diff(fresh) > 1) + 1)
         for run in runs:

@@ -46,7 +46,8 @@ class SequenceRows:
     holds page ids, 0 where a block was evicted and from ``ceil(L / P)`` on. A row without a
     sequence is all zeros, its slot -1. ``touched`` (``int64[3, capacity]``) says when a row's page
     table was written last, counted in ``touches``, when before that, and from which block on the
-    last time; a row that is opened has a new id instead.
+    last time. New pages behind a row's end are not noted, and a row that is opened has a new id
+    instead.
     """
 
     # Rows of `_fields`, rebound when it grows.
@@ -172,7 +173,8 @@ class SequenceRows:
 
     def _readable_rows(self, seq_ids: Integers, operation: str) -> Int64:
         """Return the rows of sequences whose pages are on the device."""
-        rows = self._rows_of(seq_ids)
+        ids = integers("seq_ids", seq_ids)
+        rows = self._batch[1] if ids.tobytes() == self._batch[0] else self._rows_of(ids)
         if self._num_away and int(self._away.take(rows).max(initial=0)) >= AWAY:
             self._refuse_away(rows[self._away[rows] >= AWAY], operation)
         return rows
@@ -246,6 +248,7 @@ class SequenceRows:
         # Every array exists now: running out of memory above has changed nothing.
         self._fields, self._table, self._ids, self._slot = fields, table, ids, slot
         self._scratch, self._touched = scratch, touched
+        self._touched_last, self._touched_before, self._touched_from = touched
         self._length, self._coded, self._ring_start, self._sinks = fields[:4]
         self._keep, self._start, self._evicted = fields[4:7]
         self._known, self._prompt_end, self._published = fields[7:10]
@@ -261,13 +264,12 @@ class SequenceRows:
             self._table = table
 
     def _touch(self, rows: int | Int64, blocks: int | Int64) -> None:
-        """Note that page tables were written from some block on; see `TableExport`."""
+        """Note that page tables were written from some block on, and not only behind their end."""
         self._touches += 1
         # Row by row: NumPy takes three times as long to index both at once.
-        last, before, first = self._touched
-        before[rows] = last[rows]
-        last[rows] = self._touches
-        first[rows] = blocks
+        self._touched_before[rows] = self._touched_last[rows]
+        self._touched_last[rows] = self._touches
+        self._touched_from[rows] = blocks
 
     def _num_blocks(self, lengths: Int64) -> Int64:
         """Return the blocks of so many tokens, open ones included."""

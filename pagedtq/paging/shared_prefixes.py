@@ -112,8 +112,10 @@ class SharedPrefixes(TableViews):
         self._hasher = BlockHasher(page_size, sharing.algorithm if sharing else "sha256")
         # Token ids of each page; only rows of pages whose tokens are known mean anything.
         self._page_tokens = np.zeros((num_pages if sharing else 0, page_size), RAW_TOKENS)
-        # The same memory, a page at a time: an element's Python object is the bytes to be hashed.
-        self._page_blocks = self._page_tokens.reshape(-1).view((np.void, 4 * page_size))
+        # The same memory by page slot, and a page at a time: an element's Python object is then the
+        # bytes to be hashed.
+        self._slot_tokens = self._page_tokens.reshape(-1)
+        self._page_blocks = self._slot_tokens.view((np.void, 4 * page_size))
         self.host = HostPool(num_host_pages)
         self._twins = Twins(num_pages, num_host_pages + 1)
         # Token ids of each page of the host, as of those of the device.

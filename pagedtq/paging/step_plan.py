@@ -87,6 +87,10 @@ class StepPlan:
         Sink records of copied block-0 pages; only where there were sinks.
     """
 
+    # Most steps copy nothing.
+    cow_src = cow_dst = copy_src = copy_dst = NO_IDS
+    window_copy_src = window_copy_dst = sink_copy_src = sink_copy_dst = NO_IDS
+
     def __init__(
         self,
         tables: TableViews,
@@ -106,10 +110,13 @@ class StepPlan:
         self.seq_ids, self.rows, self.num_new = seq_ids, rows, num_new
         self.old, self.new = old, new
         self.new_pages = new_pages
-        self.cow_src, self.cow_dst = cow
-        self.copy_src, self.copy_dst = copies
-        self.window_copy_src, self.window_copy_dst = window_copies
-        self.sink_copy_src, self.sink_copy_dst = sink_copies
+        if cow is not NO_COPIES:
+            self.cow_src, self.cow_dst = cow
+            self.copy_src, self.copy_dst = copies
+        if window_copies is not NO_COPIES:
+            self.window_copy_src, self.window_copy_dst = window_copies
+        if sink_copies is not NO_COPIES:
+            self.sink_copy_src, self.sink_copy_dst = sink_copies
 
     @cached_property
     def num_tokens(self) -> int:

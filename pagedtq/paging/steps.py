@@ -307,7 +307,6 @@ class Steps(DecodeRuns):
         """Write new pages behind the blocks of each member, member by member."""
         members = fresh.nonzero()[0]
         at = blocks[members]
-        self._touch(rows[members], at)
         if pages.size > members.size:
             counts = fresh[members]
             members, at = np.repeat(members, counts), np.repeat(at, counts) + ranges(counts)

@@ -82,10 +82,12 @@ class ServedRequest:
             self._hasher, self._extras = hasher, extras_of(salt, extra_keys)
         except (ArgumentError, ArgumentTypeError) as error:
             raise type(error)(f"request {request_id}: {error}") from error
-        self._tokens = np.empty(0, np.int32)
-        self.num_tokens = 0
+        tokens = token_array(f"request {request_id}: token_ids", token_ids)
+        # A copy: what was hashed must not change with the caller's array.
+        self._tokens = tokens.copy()
+        self.num_tokens = tokens.size
         self.block_hashes: list[bytes] = []
-        self.append(token_ids)
+        self._hash_blocks()
 
     @property
     def all_token_ids(self) -> Int32:

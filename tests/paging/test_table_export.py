@@ -65,6 +65,19 @@ def test_a_cut_sends_zeros_and_a_page_that_was_swapped_for_another_is_sent():
     assert np.array_equal(export.block_table[:, :2], tables.block_table(ids))
 
 
+@pytest.mark.parametrize("cuts", [(5,), (5, 1), (1, 5)])
+def test_what_was_cut_and_grown_back_beyond_the_old_end_is_sent_from_the_cut_on(cuts):
+    tables = PageTables(4, 40)
+    seq_id, other = open_with(tables, 12, 3).tolist()
+    device = DeviceTable(tables)
+    device.update([seq_id, other])
+    for cut in cuts:
+        tables.truncate(seq_id, cut)
+        append(tables, [other], 4)
+        append(tables, [seq_id], 20)
+    device.update([seq_id, other])
+
+
 def test_a_copy_on_write_sends_the_copy():
     tables = PageTables(4, 40)
     (parent,) = open_with(tables, 6).tolist()
