@@ -24,8 +24,9 @@
 // reference of a row, weights 2^(s - r) are at most 2^(14 - e), where 2^e bounds the value norms
 // seen: weight times norm then fills the range of f16 and a long tail does not underflow. Tiles
 // that are not readable throughout (ends of the ranges, causal edges) take a masked path first,
-// all others the loop with loads one tile ahead. Slots that were never written may hold NaN: what
-// a mask excludes is replaced, never multiplied by zero. The null page is not read.
+// all others the loop with loads one tile ahead (up to head dim 256: rows.cuh). Slots that were
+// never written may hold NaN: what a mask excludes is replaced, never multiplied by zero. The null
+// page is not read.
 
 #if VALUE_INT8
 #include "byte_values.cuh"

@@ -1,13 +1,13 @@
-// What pages hold, by number, and the words of a row that one lane loads.
+// What pages hold, by number.
 //
-// what      numbers of formats, bytes of rows, which of them lanes can share, and their loads
+// what      numbers of formats, bytes of rows, which of them lanes can share, single elements
 // mapping   a row of codes is shared by 4 lanes (keys: one token) or 8 (values: a token pair)
-// bytes     a row once per warp, in loads of 16, 8, 4 or 2 bytes per lane, neighbours side by side
+// bytes     none moved but by the loads themselves
 // host twin pagedtq/backends/stream_formats.py
 //
 // Formats are numbered by what a page holds: 1 to 8, the width of codes; 16, 17 and 32: exact f16,
-// bf16 and f32. Widths 2, 3, 4 and f16 load ahead into registers (`tuned`); every other format, and
-// head dims whose rows do not divide among the lanes, decode element by element when used.
+// bf16 and f32. Widths 2, 3, 4 and f16 are decoded from registers (`tuned`), a word at a time; every
+// other format, and head dims whose rows do not divide among the lanes, element by element.
 // bf16 and f32 go through f16: magnitudes beyond 65504 saturate.
 
 #pragma once
@@ -106,81 +106,3 @@ struct StreamTable {
 
 // f16 bits of a code's value.
 DEVICE u32 table_entry(const StreamTable& table, u32 code) { return ldg16(table.entries + code); }
-
-// Where one lane finds a stream from some token on; later tokens are constants away.
-struct Source {
-    const u8 *codes, *signs;
-    const u8 *tail, *tail_signs;  // of rows with tails
-    int part;
-};
-
-// The codes (and sign) words one lane loads of a row `row` bytes long that `lanes` lanes share.
-template <int format, int head_dim, int row, int lanes>
-struct LaneWords {
-    static constexpr int kLoad = load_bytes(row, lanes);
-    static constexpr bool kTail = tail_bytes(row, lanes) != 0;
-    static constexpr int kMain = row - tail_bytes(row, lanes) * lanes;
-    static constexpr int kChunks = kMain / (kLoad * lanes);
-    static constexpr int kWords = kChunks * kLoad / 4;
-    // A sign word serves two code words; below 8 bytes a load, two lanes share it.
-    static constexpr bool kSigns = format == 3;
-    static constexpr int kSignWords = kLoad == 4 ? kChunks : kWords / 2;
-    u32 words[kWords], signs[kSignWords];
-    u32 tail, tail_signs;  // half-words
-
-    // Byte within the row of a lane's word; the word behind the last is the tail.
-    DEVICE static int byte_of(int word, int part) {
-        if (kTail && word == kWords) return kMain + 2 * part;
-        return word / (kLoad / 4) * kLoad * lanes + part * kLoad + word % (kLoad / 4) * 4;
-    }
-
-    // From the rows of codes and of signs, in bytes from the extent: sums of 32 bits, then one of 64.
-    DEVICE static Source source(const u8* extent, u32 codes, u32 sign_row, int part) {
-        Source source = {extent + (codes + part * kLoad),
-                         extent + (sign_row + (part * (kLoad / 2) & ~3)), nullptr, nullptr, part};
-        if constexpr (kTail) {
-            source.tail = extent + (codes + (kMain + 2 * part));
-            source.tail_signs = extent + (sign_row + (kMain / 2 + (part & ~3) + 2 * (part & 1)));
-        }
-        return source;
-    }
-
-    // `codes` and `sign_row`: bytes from the source.
-    DEVICE void load(const Source& source, int codes, int sign_row) {
-#pragma unroll
-        for (int chunk = 0; chunk < kChunks; ++chunk) {
-            load_words<kLoad>(source.codes + (codes + chunk * kLoad * lanes),
-                              words + chunk * kLoad / 4);
-        }
-        if constexpr (kTail) tail = ldg16(source.tail + codes);
-        if constexpr (kSigns) {
-#pragma unroll
-            for (int chunk = 0; chunk < kChunks; ++chunk) {
-                const u8* from = source.signs + (sign_row + chunk * lanes * (kLoad / 2));
-                if constexpr (kLoad == 4) {
-                    signs[chunk] = ldg32(from) >> 2 * (source.part & 1);
-                } else {
-                    load_words<kLoad / 2>(from, signs + chunk * kLoad / 8);
-                }
-            }
-            if constexpr (kTail) {
-                const u32 pair = ldg16(source.tail_signs + sign_row);
-                tail_signs = pair >> (source.part & 2);
-            }
-        }
-    }
-
-    DEVICE u32 sign_of(int word) const {
-        if constexpr (kLoad == 4) return signs[word];
-        return word & 1 ? signs[word / 2] >> 2 : signs[word / 2];
-    }
-};
-
-// Two rows' tails, or their signs, as one word.
-DEVICE u32 join_tails(u32 low, u32 high) { return prmt(low, high, 0x5410u); }
-
-// Which pair of a word of two tails is pair `pair` of the lower or upper one.
-template <int format>
-DEVICE constexpr int tail_pair(int pair, int half) {
-    return format == 3 ? 4 * (pair >> 1) + 2 * half + (pair & 1) : 2 * pair + half;
-}

@@ -166,24 +166,29 @@ DEVICE void decode_key_bytes4(u32 word, const Table& table, u32* quads) {
 
 // ---- any width, element by element -------------------------------------------------------------
 
-// Code of one element of a row whose bytes lie `step` apart (2 in interleaved planes), by the
-// format's rules for `width` in rows of `head_dim`. `period`: sign bytes of a group (width 3).
+// Code of element `at` + `rest` of a row whose bytes lie `step` apart (2 in interleaved planes), by the
+// format's rules for `width` in rows of `head_dim`. `period`: sign bytes of a group (width 3). `at` is
+// a multiple of 8, so that no byte it counts is shared: where the bytes of `rest`, below 8, lie is
+// the same for every `at`.
 template <int width, int head_dim, int step, int period>
-DEVICE u32 code_at(const u8* codes, const u8* signs, int element) {
-    if (width == 3 && head_dim % 16 == 0) {
-        const int byte = element >> 2, place = byte % (2 * period), in = element & 3;
-        const u32 index = ldg8(codes + step * byte) >> 2 * in & 3;
-        const int bit = (in & 1) + 4 * (in >> 1) + 2 * (place / period);
-        const u32 sign = ldg8(signs + step * (byte / (2 * period) * period + place % period));
+DEVICE u32 code_at(const u8* codes, const u8* signs, int at, int rest) {
+    if constexpr (width == 3 && head_dim % 16 == 0) {
+        const int byte = at / 4, group = byte / (2 * period), place = byte % (2 * period);
+        const u32 index = ldg8(codes + step * (rest >> 2) + step * byte) >> 2 * (rest & 3) & 3;
+        const int bit = (rest & 1) + 4 * (rest >> 1 & 1) + 2 * (place / period);
+        const u32 sign =
+            ldg8(signs + step * (rest >> 2) + step * (group * period + place % period));
         return index | (sign >> bit & 1) << 2;
+    } else if constexpr (width == 4 && head_dim % 16 == 0 && step == 1) {
+        const u32 index = ldg8(codes + (rest >> 1) + at / 2) >> 4 * (rest & 1) & 7;
+        const u32 sign = ldg8(codes + (rest & 3) + at / 2) >> (rest < 4 ? 7 : 3) & 1;
+        return index | sign << 3;
+    } else {
+        const int bit = rest * width, shift = bit & 7;
+        const u8* from = codes + step * (bit >> 3);
+        const int byte = at / 8 * width;
+        u32 window = ldg8(from + step * byte);
+        if (shift + width > 8) window |= static_cast<u32>(ldg8(from + step * (byte + 1))) << 8;
+        return window >> shift & ((1u << width) - 1);
     }
-    if (width == 4 && head_dim % 16 == 0 && step == 1) {
-        const int word = element >> 3 << 2, n = element & 7;
-        const u32 index = ldg8(codes + word + (n >> 1)) >> 4 * (n & 1) & 7;
-        return index | (ldg8(codes + word + (n & 3)) >> (n < 4 ? 7 : 3) & 1) << 3;
-    }
-    const int bit = element * width, byte = bit >> 3, shift = bit & 7;
-    u32 window = ldg8(codes + step * byte);
-    if (shift + width > 8) window |= static_cast<u32>(ldg8(codes + step * (byte + 1))) << 8;
-    return window >> shift & ((1u << width) - 1);
 }

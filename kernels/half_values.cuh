@@ -50,6 +50,25 @@ DEVICE void add_pairs(State& state, const u32* first, const u32* second, u32 (*w
     }
 }
 
+// Bring the sums of the next `tiles` tiles to the front, which a loop that is not unrolled finds there.
+// After all sections they are where they were.
+template <int tiles>
+DEVICE void turn_sums(State& state) {
+#pragma unroll
+    for (int j = 0; j < COLUMN_TILES; ++j) {
+        float front[tiles][4];
+#pragma unroll
+        for (int i = 0; i < kSumTiles; ++i) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                if (i < tiles) front[i][k] = state.sums[j][i][k];
+                state.sums[j][i][k] = i + tiles < kSumTiles ? state.sums[j][i + tiles][k]
+                                                            : front[i + tiles - kSumTiles][k];
+            }
+        }
+    }
+}
+
 // Add weighted values; `readable` masks token pairs of tiles that are not readable throughout.
 template <bool cut, int subtiles>
 DEVICE void add_values(State& state, const ValueTile<subtiles>& values,
@@ -69,19 +88,27 @@ DEVICE void add_values(State& state, const ValueTile<subtiles>& values,
                 }
             }
         }
+#pragma unroll 1
+        for (int section = 0; section < Row::kSections; ++section) {
+            const Row upper = section_of(values.rows[s][0], section);
+            const Row lower = section_of(values.rows[s][1], section);
 #pragma unroll
-        for (int step = 0; step < Row::kSteps; ++step) {
-            u32 first[Row::kPairs], second[Row::kPairs];
-            values.rows[s][0].decode(step, table, first);
-            values.rows[s][1].decode(step, table, second);
-            add_pairs<cut, Row::kPairs>(state, first, second, weights.at[s], readable, s,
-                                             step * Row::kPairs / 2);
+            for (int step = 0; step < Row::kSteps; ++step) {
+                if (beyond<Row>(section, step)) break;
+                u32 first[Row::kPairs], second[Row::kPairs];
+                upper.decode(step, table, first);
+                lower.decode(step, table, second);
+                add_pairs<cut, Row::kPairs>(state, first, second, weights.at[s], readable, s,
+                                            step * Row::kPairs / 2);
+            }
+            if constexpr (Row::kSections > 1) turn_sums<Row::kSteps * Row::kPairs / 2>(state);
         }
         if constexpr (Row::kTailPairs > 0) {
             u32 first[Row::kTailPairs], second[Row::kTailPairs];
-            Row::decode_tails(values.rows[s][0], values.rows[s][1], table, first, second);
+            decode_tails(values.rows[s][0], values.rows[s][1], table, first, second);
             add_pairs<cut, Row::kTailPairs>(state, first, second, weights.at[s], readable, s,
-                                                 Row::kSteps * Row::kPairs / 2);
+                                            Row::kSections > 1 ? 0 : Row::kSteps * Row::kPairs / 2);
+            if constexpr (Row::kSections > 1) turn_sums<Row::kTailPairs / 2>(state);
         }
     }
 }

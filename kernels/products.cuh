@@ -74,18 +74,25 @@ DEVICE void multiply_keys(const Row& upper_row, const Row& lower_row, const Quer
         }
     }
 #else
-    // Decoding element by element takes a register per element in flight: one step at a time.
-#pragma unroll Row::kUnroll
-    for (int step = 0; step < Row::kSteps; ++step) {
-        u32 upper[Row::kPairs], lower[Row::kPairs];
-        upper_row.decode(step, table, upper);
-        lower_row.decode(step, table, lower);
-        sums.add<Row::kPairs>(upper, lower, queries, step * Row::kPairs / 2);
+    static_assert(kQueriesShared || Row::kSections == 1, "registers have no indices at run time");
+#pragma unroll 1
+    for (int section = 0; section < Row::kSections; ++section) {
+        const Row upper_part = section_of(upper_row, section);
+        const Row lower_part = section_of(lower_row, section);
+#pragma unroll
+        for (int step = 0; step < Row::kSteps; ++step) {
+            if (beyond<Row>(section, step)) break;
+            u32 upper[Row::kPairs], lower[Row::kPairs];
+            upper_part.decode(step, table, upper);
+            lower_part.decode(step, table, lower);
+            sums.add<Row::kPairs>(upper, lower, queries,
+                                  (section * Row::kSteps + step) * Row::kPairs / 2);
+        }
     }
     if constexpr (Row::kTailPairs > 0) {
         u32 upper[Row::kTailPairs], lower[Row::kTailPairs];
-        Row::decode_tails(upper_row, lower_row, table, upper, lower);
-        sums.add<Row::kTailPairs>(upper, lower, queries, Row::kSteps * Row::kPairs / 2);
+        decode_tails(upper_row, lower_row, table, upper, lower);
+        sums.add<Row::kTailPairs>(upper, lower, queries, Row::kAllSteps * Row::kPairs / 2);
     }
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {
@@ -113,16 +120,20 @@ DEVICE void score_tile(const KeyTile<subtiles>& keys, const NormTile<subtiles>& 
         }
 #if KEY_PROD
         float residual[COLUMN_TILES][4] = {};
+#pragma unroll 1
+        for (int section = 0; section < Sketch::kSections; ++section) {
+            const Sketch upper = section_of(keys.sketches[s][0], section);
+            const Sketch lower = section_of(keys.sketches[s][1], section);
 #pragma unroll
-        for (int n = 0; n < Sketch::kPairs; n += 2) {
-            const Sketch &upper = keys.sketches[s][0], &lower = keys.sketches[s][1];
-            const u32 left[4] = {upper.pair(n), lower.pair(n), upper.pair(n + 1),
-                                 lower.pair(n + 1)};
-            u32 right[SKETCH_WORDS];
-            queries.sketch.get(n / 2, right);
+            for (int n = 0; n < Sketch::kPairs; n += 2) {
+                const u32 left[4] = {upper.pair(n), lower.pair(n), upper.pair(n + 1),
+                                     lower.pair(n + 1)};
+                u32 right[SKETCH_WORDS];
+                queries.sketch.get((section * Sketch::kPairs + n) / 2, right);
 #pragma unroll
-            for (int j = 0; j < COLUMN_TILES; ++j) {
-                multiply_f16(residual[j], left, right[2 * j], right[2 * j + 1]);
+                for (int j = 0; j < COLUMN_TILES; ++j) {
+                    multiply_f16(residual[j], left, right[2 * j], right[2 * j + 1]);
+                }
             }
         }
         const float upper_norm = f16_to_f32(norms.residuals[s][0]);

@@ -40,24 +40,27 @@ static_assert(HEAD_DIM <= 256, "KEY_INT8 takes head dims up to 256");
 // Fragments take PADDED_DIM / 8 registers per column tile. Beside them stand sums, twice as many; a
 // tile's keys and values, up to as many as the sums; temporaries of decoding element by element; and
 // integer sums (VALUE_INT8), with which three blocks fit for codes of 2 bits alone, up to 128 channels.
+// Loops that are not unrolled (rows.cuh) find them in shared memory alone.
 constexpr bool kQueriesShared = (VALUE_INT8 && VALUE_FORMAT == 2 && KEY_FORMAT == 2) ||
                                 (VALUE_INT8 && PADDED_DIM > 192) ||
                                 COLUMN_TILES * PADDED_DIM > 256 ||
                                 !is_tuned(KEY_FORMAT, HEAD_DIM) ||
                                 !is_tuned(VALUE_FORMAT, HEAD_DIM) ||
-                                (PADDED_DIM > 192 && is_exact(VALUE_FORMAT));
+                                (PADDED_DIM > 192 && is_exact(VALUE_FORMAT)) ||
+                                (KEY_PROD && !Sketch::kTuned);
 
 // Words of all column tiles, and of both terms of a row (KEY_INT8), for one matrix instruction each.
 #define STEP_WORDS (2 * COLUMN_TILES * QUERY_TERMS)
 #define SKETCH_WORDS (2 * COLUMN_TILES)
 
-// `steps` times `words` of a lane.
+// `steps` times `words` of a lane; `put` fills `count` words of a step from word `first` on.
 template <int steps, int words, bool shared>
 struct Fragments {
     u32 own[steps][words];
-    DEVICE void put(int step, const u32* from, u32*) {
+    template <int count>
+    DEVICE void put(int step, int first, const u32* from, u32*) {
 #pragma unroll
-        for (int i = 0; i < words; ++i) own[step][i] = from[i];
+        for (int i = 0; i < count; ++i) own[step][first + i] = from[i];
     }
     DEVICE void get(int step, u32* to) const {
 #pragma unroll
@@ -70,13 +73,14 @@ template <int steps, int words>
 struct Fragments<steps, words, true> {
     static constexpr int kUnit = words < 4 ? words : 4;
     const u32* lane;
-    DEVICE void put(int step, const u32* from, u32* store) {
+    template <int count>
+    DEVICE void put(int step, int first, const u32* from, u32* store) {
         lane = store + kUnit * lane_id();
         if (threadIdx.x >= WARP_SIZE) return;
 #pragma unroll
-        for (int i = 0; i < words; ++i) {
+        for (int i = first; i < first + count; ++i) {
             store[(step * (words / kUnit) + i / kUnit) * kUnit * WARP_SIZE + kUnit * lane_id() +
-                  i % kUnit] = from[i];
+                  i % kUnit] = from[i - first];
         }
     }
     DEVICE void get(int step, u32* to) const {
@@ -151,72 +155,60 @@ DEVICE int query_quad(const u16* row, int n, int t, u32& high, u32& low) {
 DEVICE void load_queries(Queries& queries, const AttendShape& shape, const u16* rows,
                          const float* scales, const u16* sketches, const int* row_index,
                          QueryStore& store, float* shifts, int g, int t) {
-    const u16* row[COLUMN_TILES];
-#if KEY_INT8
-    int sum[COLUMN_TILES] = {};
-#endif
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {
-        row[j] = rows + static_cast<i64>(row_index[8 * j + g]) * HEAD_DIM;
+        const i64 start = static_cast<i64>(row_index[8 * j + g]) * HEAD_DIM;
+        const u16* row = rows + start;
 #pragma unroll
         for (int c = 0; c < 2; ++c) queries.scale[j][c] = scales[row_index[8 * j + 2 * t + c]];
-    }
+#if KEY_INT8
+        int sum = 0;
+#endif
 #pragma unroll
-    for (int step = 0; step < QUERY_STEPS; ++step) {
-        u32 words[STEP_WORDS];
-#pragma unroll
-        for (int j = 0; j < COLUMN_TILES; ++j) {
-            u32* to = words + 2 * QUERY_TERMS * j;
+        for (int step = 0; step < QUERY_STEPS; ++step) {
+            u32 words[2 * QUERY_TERMS];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int n = 2 * step + i;
 #if KEY_INT8
-                sum[j] += query_quad(row[j], n, t, to[i], to[2 + i]);
+                sum += query_quad(row, n, t, words[i], words[2 + i]);
 #else
-                to[i] = query_pair(row[j], KeyRow::element(n, 0, t), KeyRow::element(n, 1, t));
+                words[i] = query_pair(row, KeyRow::element(n, 0, t), KeyRow::element(n, 1, t));
 #endif
             }
+            queries.words.put<2 * QUERY_TERMS>(step, 2 * QUERY_TERMS * j, words, store.words);
         }
-        queries.words.put(step, words, store.words);
-    }
 #if KEY_PROD
+        const u16* sketch = sketches + start;
 #pragma unroll
-    for (int step = 0; step < PADDED_DIM / 16; ++step) {
-        u32 words[SKETCH_WORDS];
-#pragma unroll
-        for (int j = 0; j < COLUMN_TILES; ++j) {
-            const u16* sketch = sketches + (row[j] - rows);
+        for (int step = 0; step < PADDED_DIM / 16; ++step) {
+            u32 words[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int n = 2 * step + i;
-                words[2 * j + i] =
-                    query_pair(sketch, Sketch::element(n, 0, t), Sketch::element(n, 1, t));
+                words[i] = query_pair(sketch, Sketch::element(n, 0, t), Sketch::element(n, 1, t));
             }
+            queries.sketch.put<2>(step, 2 * j, words, store.sketch);
         }
-        queries.sketch.put(step, words, store.sketch);
-    }
 #endif
 #if KEY_INT8
-#pragma unroll
-    for (int j = 0; j < COLUMN_TILES; ++j) {
         // Lanes 4 g to 4 g + 3 share row g, which is column g of the products.
-        sum[j] += shfl_xor(sum[j], 1);
-        sum[j] += shfl_xor(sum[j], 2);
-        const float shift = -127.5f * static_cast<float>(sum[j]);
+        sum += shfl_xor(sum, 1);
+        sum += shfl_xor(sum, 2);
 #if KEY_FORMAT == 2
-        if (threadIdx.x < WARP_SIZE && t == 0) shifts[8 * j + g] = shift;
+        if (threadIdx.x < WARP_SIZE && t == 0) shifts[8 * j + g] = -127.5f * static_cast<float>(sum);
 #endif
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
 #if KEY_FORMAT != 2
-            queries.shift[j][c] = shfl_idx(shift, 4 * (2 * t + c));
+            queries.shift[j][c] = -127.5f * static_cast<float>(shfl_idx(sum, 4 * (2 * t + c)));
 #endif
             queries.scale[j][c] *= shape.key_unit * (1.0f / BYTE_QUERY_SCALE);
         }
-    }
-#if KEY_FORMAT == 2
-    queries.shift = shifts + 2 * t;
 #endif
+    }
+#if KEY_INT8 && KEY_FORMAT == 2
+    queries.shift = shifts + 2 * t;
 #endif
     if constexpr (kQueriesShared || (KEY_INT8 && KEY_FORMAT == 2)) sync_block();
 }

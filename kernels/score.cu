@@ -12,6 +12,10 @@
 
 #include "products.cuh"
 
+// Blocks that share a multiprocessor: four where 128 registers do without spilling.
+#define BLOCKS (KEY_PROD * HEAD_DIM * COLUMN_TILES > 128 || \
+                (HEAD_DIM > 128 && is_exact(KEY_FORMAT)) ? 2 : 4)
+
 // Positions of [from, to) that are readable, pages aside.
 DEVICE int count_readable(const Reach& reach, int from, int to) {
     const int low = max(from, reach.low), high = min(to, reach.high);
@@ -23,7 +27,7 @@ DEVICE int count_readable(const Reach& reach, int from, int to) {
 // [batch, num_q_heads] is q . mean.
 // sequence_starts i64[batch + 1] and block_starts i64[batch, table_stride] index a row of scores
 // f32[num_q_heads, sequence_starts[batch]]; block_starts counts from the sequence's start.
-extern "C" __global__ void __launch_bounds__(32 * WARPS, 4)
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)
     score(const u8* __restrict__ pool, AttendShape shape, const int* __restrict__ block_table,
           const i64* __restrict__ reads, const u16* __restrict__ query_rows,
           const float* __restrict__ query_scales, const u16* __restrict__ sketches,

@@ -9,9 +9,13 @@
 
 #include "products.cuh"
 
+// Sums of channels by tiles of 16; where sections fill up the last, more than the row has.
+constexpr int kSumTiles =
+    (ValueRow::kSections * ValueRow::kSteps * ValueRow::kPairs + ValueRow::kTailPairs) / 2;
+
 // The running softmax of one warp.
 struct State {
-    float sums[COLUMN_TILES][OUTPUT_TILES][4];
+    float sums[COLUMN_TILES][kSumTiles][4];
     float reference[COLUMN_TILES][2];  // log2: weights are 2^(score - reference)
     float mass[COLUMN_TILES][2];       // this lane's share
     float weight_bits;                 // 14 - e: the largest score exceeds the reference by this
@@ -28,7 +32,7 @@ DEVICE void clear(State& state) {
 #pragma unroll
     for (int j = 0; j < COLUMN_TILES; ++j) {
 #pragma unroll
-        for (int i = 0; i < OUTPUT_TILES; ++i) {
+        for (int i = 0; i < kSumTiles; ++i) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) state.sums[j][i][k] = 0.0f;
         }
@@ -78,7 +82,7 @@ DEVICE void raise_reference(State& state, float (*tile_top)[2], u32 sample) {
 #endif
         }
 #pragma unroll
-        for (int i = 0; i < OUTPUT_TILES; ++i) {
+        for (int i = 0; i < kSumTiles; ++i) {
 #pragma unroll
             for (int k = 0; k < 4; ++k) state.sums[j][i][k] *= decay[k & 1];
         }

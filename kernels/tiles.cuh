@@ -22,9 +22,9 @@
 typedef Keys<KEY_FORMAT, HEAD_DIM> KeyRow;
 typedef Values<VALUE_FORMAT, HEAD_DIM> ValueRow;
 
-// What is decoded element by element gains nothing from larger tiles.
-static_assert(TILE_TOKENS == 16 ||
-                  (is_tuned(KEY_FORMAT, HEAD_DIM) && is_tuned(VALUE_FORMAT, HEAD_DIM)),
+// What is not loaded ahead gains nothing from larger tiles.
+static_assert(TILE_TOKENS == 16 || (HEAD_DIM <= kAheadDim && is_tuned(KEY_FORMAT, HEAD_DIM) &&
+                                    is_tuned(VALUE_FORMAT, HEAD_DIM)),
               "stream_formats.tile_tokens and is_tuned disagree");
 
 constexpr bool kKeyNorms = !is_exact(KEY_FORMAT);
@@ -51,16 +51,21 @@ struct AttendShape {
     int has_offsets;   // key means were subtracted: `offsets` holds sm_scale * q . mean
 };
 
-// QJL signs of a token: 16-bit units, pairs of bits eight apart.
+// QJL signs of a token: 16-bit units, pairs of bits eight apart. Sections (rows.cuh) as of words; what
+// does not divide into units is read bit by bit, a step at a time.
 struct Sketch {
     static constexpr bool kTuned = HEAD_DIM % 64 == 0;
-    static constexpr int kUnits = PADDED_DIM / 64 > 0 ? PADDED_DIM / 64 : 1;
-    static constexpr int kPairs = PADDED_DIM / 8;
+    static constexpr int kUnits = kTuned ? HEAD_DIM / 64 : 1;
+    static constexpr int kAllPairs = PADDED_DIM / 8;
+    static constexpr int kSections = !kTuned                 ? kAllPairs / 2
+                                     : HEAD_DIM <= kAheadDim ? 1
+                                                             : kUnits;
+    static constexpr int kPairs = kAllPairs / kSections;
     static constexpr int kRow = (HEAD_DIM + 7) / 8;
 
-    u16 units[kUnits];
+    u16 units[kSections == 1 ? kUnits : 1];
     const u8* row;
-    int part;
+    int part, first;
 
     DEVICE static const u8* source(const u8* extent, u32 plane, int token, int t) {
         return extent + (plane + token * kRow + (kTuned ? 2 * kUnits * t : 0));
@@ -68,10 +73,17 @@ struct Sketch {
 
     DEVICE void load(const u8* source, int tokens, int t) {
         row = source + tokens * kRow;
-        part = t;
-        if constexpr (kTuned) {
+        part = t, first = 0;
+        if constexpr (kTuned && kSections == 1) {
 #pragma unroll
             for (int i = 0; i < kUnits; ++i) units[i] = ldg16(row + 2 * i);
+        }
+    }
+
+    DEVICE void enter(int section) {
+        if constexpr (kSections > 1) {
+            first = section * kPairs;
+            if constexpr (kTuned) units[0] = ldg16(row + 2 * section);
         }
     }
 
@@ -83,7 +95,7 @@ struct Sketch {
         } else {
             u32 halves = 0;
             for (int half = 0; half < 2; ++half) {
-                const int e = element(n, half, part);
+                const int e = element(first + n, half, part);
                 if (e < HEAD_DIM) {
                     const u32 bit = ldg8(row + e / 8) >> e % 8 & 1;
                     halves |= (bit ? 0x3C00u : 0xBC00u) << 16 * half;
@@ -93,6 +105,7 @@ struct Sketch {
         }
     }
 
+    // Element of half 0 or 1 of a lane's pair, counted over all sections.
     DEVICE static int element(int n, int half, int t) {
         if constexpr (kTuned) return 16 * (kUnits * t + n / 8) + n % 8 + 8 * half;
         return 8 * n + 2 * t + half;

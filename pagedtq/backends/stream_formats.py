@@ -8,6 +8,9 @@ from ..errors import UnsupportedError
 #: Numbers of the exact formats in ``kernels/formats.cuh``; coded ones are their width.
 EXACT_FORMATS = {"f16": 16, "bf16": 17, "f32": 32}
 
+#: Largest head dim of which tiles are loaded ahead: ``kAheadDim`` of ``kernels/rows.cuh``.
+AHEAD_DIM = 256
+
 
 def stream_format(codec: Codec) -> int:
     """Return the number of a codec's format in ``kernels/formats.cuh``."""
@@ -89,7 +92,8 @@ def tile_tokens(
     int8_values: bool = False,
 ) -> int:
     """Return how many tokens a warp takes at once: as many as registers hold without spilling."""
-    if not (is_tuned(head_dim, key_format) and is_tuned(head_dim, value_format)):
+    tuned = is_tuned(head_dim, key_format) and is_tuned(head_dim, value_format)
+    if head_dim > AHEAD_DIM or not tuned:
         return 16
     if max(key_format, value_format) >= EXACT_FORMATS["f16"]:
         return 32 if head_dim <= 64 and column_tiles == 1 else 16

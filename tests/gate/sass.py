@@ -92,11 +92,14 @@ def disassemble(image: bytes) -> list[tuple[str, str]]:
     return lines
 
 
-def hot_loop(lines: list[tuple[str, str]], matrix_instructions: int) -> Loop:
+def hot_loop(
+    lines: list[tuple[str, str]], matrix_instructions: int, beside: str | None = None
+) -> Loop:
     """Find the shortest loop with at least so many matrix instructions, and count it.
 
-    A loop is everything between a label and a branch back to it, so the rarely taken block that
-    rescales the sums counts as if it always ran.
+    With ``beside``, one that has that opcode as well: "MUFU", the exponential, tells the loop over
+    tiles from those inside it that walk along a row. A loop is everything between a label and a
+    branch back to it, so the rarely taken block that rescales the sums counts as if it always ran.
     """
     labels = {name: at for at, (opcode, name) in enumerate(lines) if not opcode}
     best: list[tuple[str, str]] | None = None
@@ -106,6 +109,8 @@ def hot_loop(lines: list[tuple[str, str]], matrix_instructions: int) -> Loop:
             continue
         body = [line for line in lines[labels[target[1]] : at + 1] if line[0]]
         matrix = sum(opcode in ("HMMA", "IMMA") for opcode, _ in body)
+        if beside is not None and beside not in {opcode for opcode, _ in body}:
+            continue
         if matrix >= matrix_instructions and (best is None or len(body) < len(best)):
             best = body
     assert best is not None, f"no loop with {matrix_instructions} matrix instructions"

@@ -9,6 +9,7 @@ from pagedtq import CacheConfig, Exact, TurboQuant
 from pagedtq.backends.attend_kernel import AttendKernel
 from pagedtq.backends.kernel_source import Specialisation, specialise
 from pagedtq.backends.stream_formats import (
+    AHEAD_DIM,
     column_tiles_of,
     is_tuned,
     prefers_int8,
@@ -144,8 +145,14 @@ def _page_kernel(
 def matrix_instructions(kernel: AttendKernel) -> int:
     """Matrix instructions of one pass of the hot loop: both products of every 16 tokens.
 
-    Keys as bytes take as many as halves: half per term of the query, which has two.
+    Keys as bytes take as many as halves: half per term of the query, which has two. Where rows are
+    decoded in loops of their own, which are not unrolled, the hot loop has some.
     """
+    tuned = all(
+        is_tuned(kernel.head_dim, form) for form in (kernel.key_format, kernel.value_format)
+    )
+    if kernel.head_dim > AHEAD_DIM or not tuned:
+        return 1
     per = kernel.head_dim // 16 * (3 if kernel.prod else 2)
     return kernel.tile_tokens // 16 * kernel.column_tiles * per
 
@@ -160,7 +167,7 @@ def remaining_attend(head_dim: int) -> Iterator[AttendKernel]:
     listed = set(ATTEND.values())
     widths = [width for width in (2, 3, 4, F16) if is_tuned(head_dim, width)]
     formats = [(keys, values, False) for keys, values in product(widths, widths)]
-    if head_dim % 64 == 0 and head_dim <= 256:
+    if head_dim % 64 == 0:
         formats += [(3, 4, True), (2, 3, True)]
     for (keys, values, prod), rows, soft_cap in product(formats, (8, 16), (False, True)):
         kernel = _attend(
@@ -183,28 +190,41 @@ def remaining_attend(head_dim: int) -> Iterator[AttendKernel]:
 
 
 #: Head dims whose tuned kernels the whole gate compiles, and those it decodes element by element.
-#: Above 256 the sums of values do not fit in registers.
-TUNED_DIMS = (64, 96, 128, 160, 192, 256)
-UNTUNED_DIMS = (20, 64, 80, 112, 128, 192)
+TUNED_DIMS = (64, 96, 128, 160, 192, 256, 512)
+UNTUNED_DIMS = (20, 64, 80, 112, 128, 192, 256, 512)
 
 
 def untuned_attend(head_dim: int) -> Iterator[AttendKernel]:
     """Attention kernels that decode element by element: right, without a claim to speed."""
-    yield _attend(head_dim, 8, 8)
-    yield _attend(head_dim, 1, 5)
-    yield _attend(head_dim, 17, 32)
+    formats = [(8, 8, False), (1, 5, False), (17, 32, False)]
     if not is_tuned(head_dim, 3):
-        yield _attend(head_dim, 3, 3)
+        formats.append((3, 3, True))
+    for (keys, values, prod), rows in product(formats, (8, 16)):
+        tiles = column_tiles_of(head_dim, rows, keys, values, prod)
+        if tiles == (2 if rows > 8 else 1):
+            yield _attend(head_dim, keys, values, prod=prod, column_tiles=tiles, soft_cap=rows > 8)
+
+
+def remaining_scores(head_dim: int) -> Iterator[Specialisation]:
+    """Kernels of keys' inner products alone."""
+    formats = ((2, False), (3, False), (4, False), (5, False), (8, False), (F16, False), (3, True))
+    for (keys, prod), rows in product(formats, (8, 16)):
+        tiles = column_tiles_of(head_dim, rows, keys, 4, prod)
+        if tiles == (2 if rows > 8 else 1):
+            kernel = _attend(head_dim, keys, 4, prod=prod, column_tiles=tiles)
+            yield specialise("score.cu", kernel.macros())
 
 
 #: Head dims of the kernels of a page's bytes.
-PAGE_DIMS = (64, 80, 96, 112, 128, 160, 192, 256)
+PAGE_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 512)
 
 
 def remaining_pages(head_dim: int) -> Iterator[Specialisation]:
-    """Kernels of a page's bytes for other widths, dims and types of input."""
+    """Kernels of a page's bytes and of a step for other widths, dims and types of input."""
     for name, file in product(_CODECS, ("store", "load", "seal")):
         yield _page_kernel(file, name, head_dim, "f32" if file == "load" else "f16")
+    for file in ("store_window", "write_bounds", "attend_window", "rotate_queries", "merge"):
+        yield _page_kernel(file, "orthogonal4v4", head_dim, "f32")
     if head_dim == 128:
         scales = ("norm_corrected", "searched", "unbiased", "none")
         for bits, scale in product((1, 5, 6, 7), scales):
