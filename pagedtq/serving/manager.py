@@ -195,9 +195,9 @@ class BlockManager(ManagerViews):
         delay_cache_blocks : bool
             Publish nothing yet; `cache_blocks` does.
         full_sequence_must_fit : bool
-            Refuse unless all tokens of the request fit now.
+            Refuse unless all tokens of the request would fit now, into reserved pages too.
         reserved_blocks : int
-            Free pages that count as taken.
+            Free pages that must be left.
         has_scheduled_reqs : bool
             Whether others run; only then does the watermark hold for a new request.
 
@@ -285,8 +285,10 @@ class BlockManager(ManagerViews):
                 return self._admit(request, pages, whole, target, reserved, beside, due)
             if whole > target:
                 need = -(-whole // size) - -(-tables.length_of(holding.seq_id) // size)
-                if need > tables.pool.num_free - reserved:
+                if need > tables.pool.num_free:
                     return None
+            if reserved and reserved > tables.pool.num_free:
+                return None
             try:
                 taken = self._lengthen(holding.seq_id, target, reserved)
             except OutOfPages:
@@ -309,11 +311,11 @@ class BlockManager(ManagerViews):
     ) -> Blocks | None:
         """Make room for a request that holds nothing: on the pages found, and new ones."""
         name, tables = request.request_id, self.tables
-        need = max(-(-whole // self.block_size) - len(pages), 0) + watermark
-        if pages:
-            need += tables.pool.num_leaving(pages)
-        if need > tables.pool.num_free - reserved:
-            return None
+        size, free = self.block_size, tables.pool.num_free
+        beside = watermark + (tables.pool.num_leaving(pages) if pages else 0)
+        for length, available in ((whole, free), (target, free - reserved)):
+            if max(-(-length // size) - len(pages), 0) + beside > available:
+                return None
         if tables.has_open_step:
             raise StepError(
                 f"request {name}: allocate_slots must wait: a step is open, commit or abort it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from served import SIZE, admit, decode, manager_of, request_of
 
 from pagedtq.serving import Blocks
@@ -29,15 +30,27 @@ def test_a_request_that_runs_can_be_refused_until_all_of_it_fits():
     assert manager.allocate_slots(request, 4) == Blocks([3])
 
 
-def test_reserved_blocks_count_when_all_of_a_running_request_must_fit():
+@pytest.mark.parametrize("runs", [False, True])
+def test_reserved_blocks_are_left_by_the_step_and_not_by_what_comes_later(runs):
+    """As in vLLM: the sequence must fit into what is free, the step into what is not reserved."""
     manager = manager_of(11, 4)
-    request = request_of("0", [1] * 20, 4)
-    manager.allocate_slots(request, 8)
-    request.num_computed_tokens = 8
-    # Three more pages to the last token, eight are free.
+    request = request_of("0", [1] * 40, 4)
+    if runs:
+        manager.allocate_slots(request, 8)
+        request.num_computed_tokens = 8
+    free = manager.num_free_blocks
     options = {"full_sequence_must_fit": True}
-    assert manager.allocate_slots(request, 4, reserved_blocks=6, **options) is None
-    assert manager.allocate_slots(request, 4, reserved_blocks=5, **options) == Blocks([3])
+    assert manager.allocate_slots(request, 4, reserved_blocks=free, **options) is None
+    assert len(manager.allocate_slots(request, 4, reserved_blocks=free - 1, **options)) == 1
+
+
+def test_no_request_steps_while_more_is_reserved_than_free():
+    manager = manager_of(11, 4)
+    request = request_of("0", [1] * 5, 4)
+    admit(manager, request)
+    request.append([1])
+    assert manager.allocate_slots(request, 1, reserved_blocks=9) is None
+    assert manager.allocate_slots(request, 1, reserved_blocks=8) == Blocks([])
 
 
 def test_room_ends_with_the_longest_length():
