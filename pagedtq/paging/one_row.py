@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import ArgumentError, OutOfPages
-from .arguments import MAX_TOKENS, Int32, integer
+from .arguments import MAX_TOKENS, Int32, integer, integers
+from .block_keys import token_array
 from .exclusive import exclusive
 from .shared_prefixes import BlockChain, opaque_keys
 from .steps import Steps
@@ -37,19 +38,26 @@ class OneRow(Steps):
 
         Raises
         ------
-        ArgumentError
-            If a page does not hold its block.
+        ArgumentError, ArgumentTypeError
+            If a page does not hold its block, a key is not bytes, or a number is none.
         """
         keys = opaque_keys(block_keys)
         if len(keys) != len(pages):
             raise ArgumentError(f"expected one page per key, got {len(keys)} and {len(pages)}")
-        prefix = self.prefix
-        for key, page in zip(keys, pages, strict=True):
-            if prefix is None or not 0 < page < self.pool.num_pages or prefix.key_of(page) != key:
-                raise ArgumentError(f"page {page} does not hold block {key.hex()}")
+        found = list(pages)
+        if set(map(type, found)) - {int}:
+            found = integers("pages", found).tolist()
+        prefix, last = self.prefix, self.pool.num_pages - 1
+        within = not found or 0 < min(found) <= max(found) <= last
+        if prefix is None or not within or list(map(prefix.key_of, found)) != keys:
+            for key, page in zip(keys, found, strict=True):
+                if prefix is None or not 0 < page <= last or prefix.key_of(page) != key:
+                    raise ArgumentError(f"page {page} does not hold block {key.hex()}")
+        if num_tokens is not None:
+            num_tokens = integer("num_tokens", num_tokens, 0)
         self._grow_width(len(keys))
         seq_id, row = self._new_row()
-        self._adopt(row, BlockChain(keys, opaque=True), list(pages), num_tokens)
+        self._adopt(row, BlockChain(keys, opaque=True), found, num_tokens)
         return seq_id
 
     @exclusive
@@ -149,8 +157,9 @@ class OneRow(Steps):
 
         Raises
         ------
-        ArgumentError
-            If the sequence names no blocks, has other keys for them, or is too short.
+        ArgumentError, ArgumentTypeError
+            If the sequence names no blocks, has other keys for them, or is too short, or keys or
+            tokens are none.
         """
         row = self._resident_row(seq_id, "publish blocks of")
         chain = self._chains.get(row)
@@ -165,6 +174,13 @@ class OneRow(Steps):
             raise ArgumentError(
                 f"sequence {seq_id} has {self._length.item(row)} tokens, not {stop} whole blocks"
             )
+        if token_ids is not None:
+            token_ids = token_array("token_ids", token_ids)
+            if token_ids.size != len(keys) * self.page_size:
+                raise ArgumentError(
+                    f"token_ids of {len(keys)} blocks must be {len(keys) * self.page_size}, "
+                    f"got {token_ids.size}"
+                )
         known = chain.keys[first:stop]
         if known != keys[: len(known)]:
             raise ArgumentError(f"sequence {seq_id} was opened with other keys")

@@ -19,23 +19,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import msgspec
-import numpy as np
 
-from ..cache.reports import CacheCounters, CacheStats, cache_counters, cache_stats
-from ..errors import ArgumentError, OutOfPages, StepError
-from ..paging import PageTables, SharingOptions
-from ..paging.arguments import integer
+from ..errors import ArgumentError, ArgumentTypeError, OutOfPages, StepError
+from ..paging import PageTables
+from ..paging.arguments import MAX_TOKENS, integer
 from ..paging.exclusive import calls_met, exclusive, unguarded
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog
-from .request import (
+from .manager_tables import tables_for
+from .manager_views import ManagerViews
+from .request import Blocks, Holding, Request
+from .request_checks import (
     NOTHING_DUE,
-    Blocks,
     Due,
-    Holding,
-    Request,
+    another_request,
+    block_hashes,
     blocks_due,
     checked_count,
     checked_fraction,
+    computed_before,
+    found_pages,
+    known_tokens,
 )
 
 NO_BLOCKS = Blocks()
@@ -49,7 +52,7 @@ class PrefixCacheStats(msgspec.Struct):
     hits: int = 0
 
 
-class BlockManager:
+class BlockManager(ManagerViews):
     """Gives pages to requests; see the module.
 
     Parameters
@@ -70,12 +73,20 @@ class BlockManager:
     log_stats : bool
         Count lookups for `make_prefix_cache_stats`.
     tables : PageTables, optional
-        Tables to work on instead of new ones: without a window, with ``sharing`` if caching is on.
+        Tables to work on instead of new ones: without a window, with ``sharing`` if caching is on,
+        and then with ``leave_last`` and without ``verify_tokens``, which hashes alone do not allow.
 
     Attributes
     ----------
     tables : PageTables
         The rows of the requests; `sequence_of` gives their ids.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        For bad numbers, or tables that do not fit.
+    UnsupportedError
+        For tables that promise what a manager does not keep.
     """
 
     def __init__(
@@ -90,77 +101,25 @@ class BlockManager:
         log_stats: bool = False,
         tables: PageTables | None = None,
     ) -> None:
-        if tables is None:
-            sharing = SharingOptions() if enable_caching else None
-            tables = PageTables(block_size, num_blocks, sharing=sharing)
-        if tables.window_tokens or (enable_caching and tables.prefix is None):
-            raise ArgumentError(
-                "tables of a block manager have no exact window, and sharing if caching is on"
-            )
-        if (tables.page_size, tables.pool.num_pages) != (block_size, num_blocks):
-            raise ArgumentError(
-                f"tables have {tables.pool.num_pages} pages of {tables.page_size} tokens, "
-                f"expected {num_blocks} of {block_size}"
-            )
-        self.tables = tables
+        super().__init__(tables_for(num_blocks, block_size, enable_caching, tables))
+        tables = self.tables
         self.block_size, self.enable_caching = block_size, enable_caching
         self.max_model_len = (
             None if max_model_len is None else integer("max_model_len", max_model_len, 1)
         )
+        self._longest = MAX_TOKENS if self.max_model_len is None else self.max_model_len
         self.watermark_blocks = int(checked_fraction("watermark", watermark) * num_blocks)
         self._stats = PrefixCacheStats() if log_stats and enable_caching else None
         self._log: EventLog | None = None
         if enable_events and tables.prefix is not None:
             self._log = tables.prefix.observer = EventLog(block_size)
-        self._holdings: dict[str, Holding] = {}
         # The tables' own turn: a request and its sequence change together.
         self._turn = tables.turn
         self._open_on, self._close = unguarded(tables.open_on), unguarded(tables.close)
         self._lengthen = unguarded(tables.lengthen)
         self._publish_keys = unguarded(tables.publish_keys)
 
-    # -- looking -----------------------------------------------------------------------------
-
-    @property
-    def usage(self) -> float:
-        """Part of the pages that have an owner, 0 to 1."""
-        return 1.0 - self.tables.pool.num_free / (self.tables.pool.num_pages - 1)
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Pages without an owner, those that can be found included."""
-        return self.tables.pool.num_free
-
-    def sequence_of(self, request_id: str) -> int | None:
-        """Return the sequence of a request in `tables`, None if it holds nothing."""
-        holding = self._holdings.get(request_id)
-        return None if holding is None else holding.seq_id
-
-    def get_block_ids(self, request_id: str) -> tuple[list[int]]:
-        """Return the pages of a request by cache group; none if it holds nothing."""
-        seq_id = self.sequence_of(request_id)
-        if seq_id is None:
-            return ([],)
-        pages: list[int] = self.tables.block_table(np.array([seq_id]))[0].tolist()
-        return (pages,)
-
-    def get_blocks(self, request_id: str) -> Blocks:
-        """Return the blocks of a request; none if it holds nothing."""
-        return Blocks(self.get_block_ids(request_id)[0])
-
-    def get_num_common_prefix_blocks(self, request_id: str) -> list[int]:
-        """Return how many leading pages of a request every request holds, by cache group."""
-        pages = self.get_block_ids(request_id)[0]
-        everyone = self.tables.pool.ref_counts[pages] == len(self._holdings)
-        return [len(pages) if everyone.all() else int(np.argmin(everyone))]
-
-    def stats(self) -> CacheStats:
-        """Count pages, sequences and tokens."""
-        return cache_stats(self.tables)
-
-    def counters(self) -> CacheCounters:
-        """Count what happened so far; lookups are those of requests that were admitted."""
-        return cache_counters(self.tables)
+    # -- looking up --------------------------------------------------------------------------
 
     @exclusive
     def make_prefix_cache_stats(self) -> PrefixCacheStats | None:
@@ -181,18 +140,24 @@ class BlockManager:
 
         The last token is never among them. Nothing is taken: the pages can still be re-used until
         `allocate_slots` gets them.
+
+        Raises
+        ------
+        ArgumentTypeError
+            If a hash is not bytes.
         """
         prefix = self.tables.prefix
         if not self.enable_caching or prefix is None:
             return NO_BLOCKS, 0
         if getattr(request, "skip_reading_prefix_cache", False):
             return NO_BLOCKS, 0
-        most = max(request.num_tokens - 1, 0) // self.block_size
-        pages = prefix.longest(request.block_hashes[:most])
+        num_tokens = known_tokens(request)
+        most = max(num_tokens - 1, 0) // self.block_size
+        pages = prefix.longest(block_hashes(request, 0, most))
         found = len(pages) * self.block_size
         if self._stats is not None:
             self._stats.requests += 1
-            self._stats.queries += request.num_tokens
+            self._stats.queries += num_tokens
             self._stats.hits += found
         return Blocks(pages), found
 
@@ -217,7 +182,8 @@ class BlockManager:
         Parameters
         ----------
         request : Request
-            The request.
+            The request: until it is freed, the same object. One that holds nothing yet has no
+            computed tokens of its own.
         num_new_tokens : int
             Tokens to compute now.
         num_new_computed_tokens, new_computed_blocks
@@ -229,9 +195,9 @@ class BlockManager:
         delay_cache_blocks : bool
             Publish nothing yet; `cache_blocks` does.
         full_sequence_must_fit : bool
-            Refuse unless all tokens of the request fit now.
+            Refuse unless all tokens of the request would fit now, into reserved pages too.
         reserved_blocks : int
-            Free pages that count as taken.
+            Free pages that must be left.
         has_scheduled_reqs : bool
             Whether others run; only then does the watermark hold for a new request.
 
@@ -242,8 +208,10 @@ class BlockManager:
 
         Raises
         ------
-        ArgumentError
-            If there is nothing to make room for, or blocks are given to a request that has some.
+        ArgumentError, ArgumentTypeError
+            For bad counts, hashes or blocks; if there is nothing to make room for, blocks are given
+            to a request that has some, tokens were computed by one that has none, or another
+            request of its name has some.
         ConcurrentCallError
             If another call is at work in the tables.
         """
@@ -253,9 +221,11 @@ class BlockManager:
         except IndexError:
             raise calls_met("allocate_slots") from None
         try:
-            name, new = request.request_id, num_new_tokens
+            name, new, computed = request.request_id, num_new_tokens, request.num_computed_tokens
             if type(new) is not int or new < 0:
                 new = checked_count(name, "num_new_tokens", new)
+            if type(computed) is not int or computed < 0:
+                computed = checked_count(name, "num_computed_tokens", computed)
             found = lookahead = external = reserved = 0
             # A decode step has none of them.
             if (
@@ -270,49 +240,60 @@ class BlockManager:
                     name, "num_external_computed_tokens", num_external_computed_tokens
                 )
                 reserved = checked_count(name, "reserved_blocks", reserved_blocks)
-            if new + external == 0:
+            if not (new or external):
                 raise ArgumentError(
                     f"request {name}: no token to allocate slots for, expected num_new_tokens or "
                     "num_external_computed_tokens >= 1"
                 )
             size, tables = self.block_size, self.tables
-            pages = () if new_computed_blocks is None else new_computed_blocks.page_ids
+            pages: Sequence[int] = ()
+            if new_computed_blocks is not None:
+                pages = found_pages(name, new_computed_blocks, tables.pool.num_pages)
             if (found or pages) and found != len(pages) * size:
                 raise ArgumentError(
                     f"request {name}: {found} computed tokens were given with {len(pages)} blocks "
                     f"of {size} tokens; pass what get_computed_blocks returned"
                 )
             holding = self._holdings.get(name)
-            if pages and holding is not None:
-                raise ArgumentError(
-                    f"request {name} holds blocks already; pass computed blocks with its first "
-                    "tokens only, or free it before"
-                )
-            computed = request.num_computed_tokens + found + external
-            target = whole = computed + new + lookahead
+            if holding is None:
+                if computed:
+                    raise computed_before(name, computed)
+                done = len(pages)
+            else:
+                if holding.request is not request:
+                    raise another_request(name)
+                if pages:
+                    raise ArgumentError(
+                        f"request {name} holds blocks already; pass computed blocks with its first "
+                        "tokens only, or free it before"
+                    )
+                done = holding.num_published
+            reach = computed + found + external + new
+            target = whole = reach + lookahead
             if full_sequence_must_fit:
-                whole = max(target, request.num_tokens)
-            if self.max_model_len is not None:
-                target, whole = min(target, self.max_model_len), min(whole, self.max_model_len)
+                whole = max(target, known_tokens(request))
+            if whole > self._longest:
+                target, whole = min(target, self._longest), self._longest
             # Most steps complete no block, so look before anything else is asked of the request.
             # What is wrong with its blocks must be known before anything is taken.
-            done = len(pages) if holding is None else holding.num_published
             due = NOTHING_DUE
-            if self.enable_caching and not delay_cache_blocks and (computed + new) // size > done:
-                # Drafts are not among the request's tokens yet.
-                due = self._due(request, done, min(computed + new, request.num_tokens))
+            if self.enable_caching and not delay_cache_blocks and reach // size > done:
+                # No more than there is room for.
+                due = self._due(request, done, min(reach, target))
             if holding is None:
                 beside = self.watermark_blocks if has_scheduled_reqs else 0
                 return self._admit(request, pages, whole, target, reserved, beside, due)
             if whole > target:
                 need = -(-whole // size) - -(-tables.length_of(holding.seq_id) // size)
-                if need > tables.pool.num_free - reserved:
+                if need > tables.pool.num_free:
                     return None
+            if reserved and reserved > tables.pool.num_free:
+                return None
             try:
                 taken = self._lengthen(holding.seq_id, target, reserved)
             except OutOfPages:
                 return None
-            if due[0]:
+            if due is not NOTHING_DUE:
                 self._publish(holding, due)
             return Blocks(taken) if taken else NO_BLOCKS
         finally:
@@ -330,12 +311,11 @@ class BlockManager:
     ) -> Blocks | None:
         """Make room for a request that holds nothing: on the pages found, and new ones."""
         name, tables = request.request_id, self.tables
-        need = max(-(-whole // self.block_size) - len(pages), 0) + watermark
-        if pages:
-            # Pages that do not exist are refused when they are opened, with the others.
-            need += tables.pool.num_leaving([p for p in pages if 0 < p < tables.pool.num_pages])
-        if need > tables.pool.num_free - reserved:
-            return None
+        size, free = self.block_size, tables.pool.num_free
+        beside = watermark + (tables.pool.num_leaving(pages) if pages else 0)
+        for length, available in ((whole, free), (target, free - reserved)):
+            if max(-(-length // size) - len(pages), 0) + beside > available:
+                return None
         if tables.has_open_step:
             raise StepError(
                 f"request {name}: allocate_slots must wait: a step is open, commit or abort it"
@@ -343,8 +323,8 @@ class BlockManager:
         try:
             keys = request.block_hashes[: len(pages)]
             seq_id = self._open_on(keys, pages, request.num_tokens)
-        except ArgumentError as error:
-            raise ArgumentError(
+        except (ArgumentError, ArgumentTypeError) as error:
+            raise type(error)(
                 f"request {name}: {error}; look its blocks up again before it is admitted"
             ) from error
         try:
@@ -352,24 +332,44 @@ class BlockManager:
         except BaseException:
             self._close(seq_id)
             raise
-        holding = self._holdings[name] = Holding(seq_id, len(pages))
+        holding = self._holdings[name] = Holding(request, seq_id, len(pages))
         self._publish(holding, due)
         return Blocks(taken) if taken else NO_BLOCKS
 
     @exclusive
     def cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
-        """Publish the whole blocks among the first so many tokens of a request."""
-        holding = self._holdings.get(request.request_id)
-        computed = checked_count(request.request_id, "num_computed_tokens", num_computed_tokens)
-        if self.enable_caching and holding is not None:
-            self._publish(holding, self._due(request, holding.num_published, computed))
+        """Publish the whole blocks among the first so many tokens of a request.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            For a bad count or hashes, more tokens than there is room for, or if another request of
+            its name holds blocks.
+        """
+        name, holding = request.request_id, self._holding_of(request)
+        computed = checked_count(name, "num_computed_tokens", num_computed_tokens)
+        if not self.enable_caching or holding is None:
+            return
+        room = self.tables.length_of(holding.seq_id)
+        if computed > room:
+            raise ArgumentError(
+                f"request {name}: num_computed_tokens is {computed}, but it has room for {room} "
+                "tokens; allocate slots for the others before"
+            )
+        self._publish(holding, self._due(request, holding.num_published, computed))
 
     # -- giving back -------------------------------------------------------------------------
 
     @exclusive
     def free(self, request: Request) -> None:
-        """Take all pages from a request, the last block's first; fine if it holds nothing."""
-        holding = self._holdings.get(request.request_id)
+        """Take all pages from a request, the last block's first; fine if it holds nothing.
+
+        Raises
+        ------
+        ArgumentError
+            If it is another request of this name that holds them.
+        """
+        holding = self._holding_of(request)
         if holding is not None:
             # Refused while a step is open: then the request keeps what it has.
             self._close(holding.seq_id)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -170,66 +170,9 @@ class Blocks:
 
 
 class Holding:
-    """What a manager knows of a request that holds pages."""
+    """What a manager knows of a request that holds pages, and which object it is."""
 
-    __slots__ = ("num_published", "seq_id")
+    __slots__ = ("num_published", "request", "seq_id")
 
-    def __init__(self, seq_id: int, num_published: int) -> None:
-        self.seq_id, self.num_published = seq_id, num_published
-
-
-#: Keys and, for whoever is told, tokens of blocks that are to be published.
-Due: TypeAlias = tuple[Sequence[bytes], Int32 | None]
-NOTHING_DUE: Due = (), None
-
-
-def blocks_due(
-    request: Request, block_size: int, done: int, num_tokens: int, with_tokens: bool
-) -> Due:
-    """Return the whole blocks of a request's first tokens, but the first ``done``.
-
-    Raises
-    ------
-    ArgumentError, ArgumentTypeError
-        If a key is not bytes, or a token does not fit int32.
-    """
-    count = num_tokens // block_size
-    if count <= done:
-        return NOTHING_DUE
-    keys = request.block_hashes[done:count]
-    if set(map(type, keys)) - {bytes}:
-        kinds = sorted({type(key).__name__ for key in keys if not isinstance(key, bytes)})
-        if kinds:
-            raise ArgumentTypeError(
-                f"request {request.request_id}: block hashes must be bytes, got {', '.join(kinds)}"
-            )
-    if not with_tokens:
-        return keys, None
-    tokens = request.all_token_ids[done * block_size : (done + len(keys)) * block_size]
-    return keys, token_array(f"request {request.request_id}: all_token_ids", tokens)
-
-
-def checked_fraction(name: str, value: float) -> float:
-    """Return a fraction in ``[0, 1)``.
-
-    Raises
-    ------
-    ArgumentError
-        If it is not.
-    """
-    if not 0.0 <= value < 1.0:
-        raise ArgumentError(f"{name} must be in [0, 1), got {value}")
-    return value
-
-
-def checked_count(request_id: str, name: str, value: int) -> int:
-    """Return a count of tokens or pages that is not negative.
-
-    Raises
-    ------
-    ArgumentError, ArgumentTypeError
-        If it is negative or no integer.
-    """
-    if type(value) is int and value >= 0:
-        return value
-    return integer(f"request {request_id}: {name}", value, 0)
+    def __init__(self, request: Request, seq_id: int, num_published: int) -> None:
+        self.request, self.seq_id, self.num_published = request, seq_id, num_published

@@ -126,9 +126,9 @@ class SharingCache(TokenCache):
                 tokens += self.written(sequence, sequence.tokens, new, sequence.pruned)
         return np.array(ids, np.int64), np.array(tokens, np.int64)
 
-    def append(self, counts, abort=False):
+    def append(self, counts, abort=False, kept=None):
         lengths = {seq_id: len(self.model[seq_id].tokens) for seq_id in counts}
-        done = super().append(counts, abort)
+        done = super().append(counts, abort, kept)
         for seq_id, length in lengths.items():
             sequence = self.model[seq_id]
             if sequence.ids is not None:

@@ -69,8 +69,11 @@ class TokenCache:
         self.model[seq_id] = Sequence()
         return seq_id
 
-    def append(self, counts: dict[int, int], abort: bool = False) -> bool:
-        """Append that many tokens to each sequence; False if the pools are too small."""
+    def append(self, counts: dict[int, int], abort: bool = False, kept: int | None = None) -> bool:
+        """Append that many tokens to each sequence; False if the pools are too small.
+
+        Those behind the first ``kept`` of each are drafts.
+        """
         tables, size = self.tables, self.tables.page_size
         seq_ids = np.array(list(counts), np.int64)
         lengths = tables.lengths(seq_ids)
@@ -111,7 +114,7 @@ class TokenCache:
         else:
             for layer in self.layers[1:]:
                 layer.store(plan, tokens)
-            tables.commit(plan)
+            tables.commit(plan, None if kept is None else lengths + kept)
             for member, seq_id in enumerate(counts):
                 self.model[seq_id].tokens += tokens[plan.token_rows == member].tolist()
         return True

@@ -27,9 +27,9 @@ def eager_switching():
 class Worker(threading.Thread):
     """Serves requests of its own, and frees some that are everybody's; repeats what was refused."""
 
-    def __init__(self, manager, seed, common):
+    def __init__(self, manager, seed, common, together):
         super().__init__()
-        self.manager, self.seed, self.common = manager, seed, common
+        self.manager, self.seed, self.common, self.together = manager, seed, common, together
         self.refused, self.failure = 0, None
 
     def insist(self, call, *arguments):
@@ -42,10 +42,11 @@ class Worker(threading.Thread):
     def run(self):
         try:
             rng = np.random.default_rng(self.seed)
-            for number in range(40):
+            self.together.wait()
+            for number, common in enumerate(self.common):
                 self.serve(request_of(f"{self.seed}-{number}", [int(rng.integers(3))] * 40))
                 # Freed by everybody, at once if it comes to it.
-                self.insist(self.manager.free, self.common[number])
+                self.insist(self.manager.free, common)
         except BaseException as error:
             self.failure = error
 
@@ -77,7 +78,8 @@ def test_threads_that_repeat_what_was_refused_lose_no_page():
     common = [request_of(f"common-{at}", [at] * 5) for at in range(40)]
     for request in common:
         admit(manager, request)
-    workers = [Worker(manager, seed, common) for seed in range(4)]
+    together = threading.Barrier(4)
+    workers = [Worker(manager, seed, common, together) for seed in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
