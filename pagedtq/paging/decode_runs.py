@@ -146,7 +146,7 @@ class DecodeRuns(PublishedBlocks):
         if turn.most_blocks >= self._table.shape[1]:
             self._grow_width(turn.most_blocks + 1)
         if self.retention is not None:
-            self.retention.refresh()
+            self.retention._refresh()
         pages = self._take(need)[0] if need else NO_IDS
         # Nothing fails from here on.
         self.version = run.version = self.version + 1
