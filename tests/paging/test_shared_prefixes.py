@@ -10,6 +10,7 @@ import pytest
 
 from pagedtq.errors import ArgumentError, ArgumentTypeError, StepError
 from pagedtq.paging import BlockHasher, PageTables, SharingOptions
+from tests.table_snapshot import snapshot
 
 P = 4
 PROMPT = list(range(100, 110))
@@ -417,15 +418,10 @@ def test_a_bad_input_has_its_error_and_changes_nothing(name):
     seq_id = tables.open(PROMPT)
     tables.commit(tables.reserve([seq_id], 3))
 
-    def state():
-        arrays = tables._fields, tables._table, tables._ids, tables._page_tokens
-        arrays += tables.pool.ref_counts, tables.pool.free_ids()
-        return [a.tobytes() for a in arrays], tables.keys_of(seq_id), len(tables.prefix)
-
-    before = state()
+    before = snapshot(tables)
     with pytest.raises(error, match=message):
         call(tables, seq_id)
-    assert before == state()
+    assert before == snapshot(tables)
     tables.check_integrity()
 
 

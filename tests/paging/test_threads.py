@@ -7,10 +7,10 @@ import threading
 
 import numpy as np
 import pytest
-from token_model import snapshot
 
 from pagedtq.errors import ArgumentError, CapacityError, ConcurrentCallError, StepError
 from pagedtq.paging import EvictionPlan, PageTables, Retention, SharingOptions, eviction
+from tests.table_snapshot import snapshot
 
 TYPED = (ConcurrentCallError, StepError, CapacityError)
 
