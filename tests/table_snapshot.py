@@ -47,6 +47,7 @@ def snapshot(tables: PageTables) -> dict[str, object]:
     for name, pool in (*pools.items(), ("host pages", host), ("rings", host.rings)):
         state[f"owners of {name}"] = pool.ref_counts.tobytes(), pool.num_shared
         state[f"free {name}"] = pool.free_ids().tobytes()
+        state[f"number of free {name}"] = pool.num_free
         state[f"parked {name}"] = pool.parked_ids().tobytes()
     if tables.prefix is not None:
         state |= _prefixes(tables)
@@ -72,7 +73,7 @@ def _prefixes(tables: PageTables) -> dict[str, object]:
         "pages of keys": {key: prefix.pages_of(key) for key in prefix._first},
         "held": (prefix.held.tobytes(), prefix.num_pages_held, prefix.num_forgotten),
         "chains": {
-            row: (list(chain.keys), chain.extras, chain.prompt.tobytes(), chain.num_tokens)
+            row: (list(chain.keys), dict(chain.extras), chain.prompt.tobytes(), chain.num_tokens)
             for row, chain in tables._chains.items()
         },
         "opaque": ([chain.opaque for chain in tables._chains.values()], tables._num_opaque),
