@@ -208,6 +208,14 @@ def test_a_page_found_again_in_time_starts_its_time_anew():
     assert retention.priorities[1] == 35
 
 
+def test_an_evicted_block_is_given_no_priority():
+    tables, retention, _ = tables_of()
+    seq, _ = admit(tables, prompt(1, 3))
+    tables.evict(seq, [1])
+    assert retention.keep(seq, 80) == 2
+    assert retention.priorities[:5].tolist() == [DEFAULT_PRIORITY, 80, DEFAULT_PRIORITY, 80, 35]
+
+
 def test_blocks_of_live_sequences_go_by_priority():
     tables, retention, _ = tables_of(30)
     seq, _ = admit(tables, prompt(1, 6))
