@@ -213,10 +213,12 @@ class DecodeRuns(PublishedBlocks):
             turn = Turn(members, rows, blocks, pages)
             if self.prefix is not None:
                 chains = [self._chains[row] for row in rows.tolist()]
+                # Of the blocks that are published, and of no others: a run begins with no block
+                # to be published, and no token announced.
                 turn.keys = [chain.keys for chain in chains]
-                for chain, done in zip(chains, self._published[rows].tolist(), strict=True):
-                    # The keys of further blocks depend on nothing but their tokens.
-                    if len(chain.keys) != done or (chain.extras and max(chain.extras) >= done):
+                for chain in chains:
+                    # The keys of further blocks must depend on nothing but their tokens.
+                    if chain.extras and max(chain.extras) >= len(chain.keys):
                         self._decoded = run.rows, HOPELESS
                         return None
             run.turns[offset] = turn

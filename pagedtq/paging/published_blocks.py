@@ -145,8 +145,7 @@ class PublishedBlocks(SharedPrefixes):
         limit = self._known.take(rows)
         if self._num_opaque:
             limit = np.maximum(limit, np.minimum(self._keyed[rows], self._length[rows]))
-        if self.window_tokens:
-            limit = np.minimum(limit, self._coded[rows])
+        # With a window too: all codes of whole blocks are in their pages.
         if upto is not None:
             limit = np.minimum(limit, upto)
         taint = self._taint.take(rows)

@@ -1,4 +1,4 @@
-"""Which blocks a sequence publishes, and under which keys, where its history is not a straight one."""
+"""Which blocks a sequence publishes, and under which keys, after cuts, forks and drafts."""
 
 from __future__ import annotations
 
