@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import TokenRangeError
 from .arguments import Int32, Int64, Integers, token_counts
 from .block_keys import token_array
 from .published_blocks import PublishedBlocks
@@ -134,7 +135,11 @@ class DecodeRuns(PublishedBlocks):
         if self.prefix is not None:
             if token_ids is None:
                 return None
-            tokens = token_array("token_ids", token_ids)
+            try:
+                tokens = token_array("token_ids", token_ids)
+            except TokenRangeError:
+                # A step outside a run says whose it is.
+                return None
             if tokens.size != rows.size:
                 return None
         turn = self._turn_of(run)

@@ -378,6 +378,15 @@ def test_integrity_finds_a_pin_too_many_and_a_band_that_lies():
         tables.check_integrity()
 
 
+def test_a_page_to_pin_that_is_out_of_range_is_named():
+    tables, retention, _ = tables_of()
+    for verb in (retention.pin_pages, retention.unpin):
+        for pages, worst in (([1, 99, 0], 99), ([0], 0), ([3, -2], -2)):
+            with pytest.raises(ArgumentError, match=rf"pages must be in \[1, 10\], got {worst}$"):
+                verb(pages)
+    tables.check_integrity()
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 BAD = {
