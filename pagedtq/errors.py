@@ -56,6 +56,20 @@ class NotUnitNormError(ArgumentError):
         self.norm = norm
 
 
+class TokenRangeError(ArgumentError):
+    """A token id does not fit int32.
+
+    Attributes
+    ----------
+    token, index : int
+        The token, and its place among those given.
+    """
+
+    def __init__(self, message: str, token: int, index: int) -> None:
+        super().__init__(message)
+        self.token, self.index = token, index
+
+
 class SlotError(ArgumentError):
     """A slot lies outside the pool, appears twice in one mapping, or its page has no owner."""
 

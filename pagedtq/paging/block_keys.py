@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, TokenRangeError
 from .arguments import Int32, integer, integers
 
 HashName: TypeAlias = Literal["sha256", "blake2b"]
@@ -151,8 +151,10 @@ def token_array(name: str, tokens: Sequence[int] | npt.NDArray[Any]) -> Int32:
     ------
     ArgumentTypeError
         If one is no integer.
+    TokenRangeError
+        If one does not fit int32.
     ArgumentError
-        If one does not fit int32, or they are not one-dimensional.
+        If they are not one-dimensional.
     """
     if isinstance(tokens, np.ndarray) and tokens.dtype == RAW_TOKENS and tokens.ndim == 1:
         return tokens
@@ -162,8 +164,9 @@ def token_array(name: str, tokens: Sequence[int] | npt.NDArray[Any]) -> Int32:
     else:
         wide = integers(name, tokens)
     if wide.size and (int(wide.min()) < INT32.min or int(wide.max()) > INT32.max):
-        worst = wide[(wide < INT32.min) | (wide > INT32.max)][0]
-        raise ArgumentError(f"{name} must fit int32, got {worst}")
+        index = int(np.flatnonzero((wide < INT32.min) | (wide > INT32.max))[0])
+        token = int(tokens[index])
+        raise TokenRangeError(f"{name} must fit int32, got {token} at {index}", token, index)
     return wide.astype(np.int32)
 
 

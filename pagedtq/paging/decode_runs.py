@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..errors import TokenRangeError
 from .arguments import Int32, Int64, Integers, token_counts
 from .block_keys import token_array
 from .published_blocks import PublishedBlocks
@@ -134,7 +135,11 @@ class DecodeRuns(PublishedBlocks):
         if self.prefix is not None:
             if token_ids is None:
                 return None
-            tokens = token_array("token_ids", token_ids)
+            try:
+                tokens = token_array("token_ids", token_ids)
+            except TokenRangeError:
+                # A step outside a run says whose it is.
+                return None
             if tokens.size != rows.size:
                 return None
         turn = self._turn_of(run)
@@ -146,7 +151,7 @@ class DecodeRuns(PublishedBlocks):
         if turn.most_blocks >= self._table.shape[1]:
             self._grow_width(turn.most_blocks + 1)
         if self.retention is not None:
-            self.retention.refresh()
+            self.retention._refresh()
         pages = self._take(need)[0] if need else NO_IDS
         # Nothing fails from here on.
         self.version = run.version = self.version + 1
@@ -213,10 +218,12 @@ class DecodeRuns(PublishedBlocks):
             turn = Turn(members, rows, blocks, pages)
             if self.prefix is not None:
                 chains = [self._chains[row] for row in rows.tolist()]
+                # Of the blocks that are published, and of no others: a run begins with no block
+                # to be published, and no token announced.
                 turn.keys = [chain.keys for chain in chains]
-                for chain, done in zip(chains, self._published[rows].tolist(), strict=True):
-                    # The keys of further blocks depend on nothing but their tokens.
-                    if len(chain.keys) != done or (chain.extras and max(chain.extras) >= done):
+                for chain in chains:
+                    # The keys of further blocks must depend on nothing but their tokens.
+                    if chain.extras and max(chain.extras) >= len(chain.keys):
                         self._decoded = run.rows, HOPELESS
                         return None
             run.turns[offset] = turn

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .arguments import Int32, Int64, integer
+from .exclusive import take_turn, unguarded
 
 if TYPE_CHECKING:
     from .page_tables import PageTables
@@ -113,11 +114,19 @@ def apply_all(tables: PageTables, plans: Iterable[EvictionPlan]) -> Int32:
         If two plans are for one sequence.
     PagedTQError
         As `apply`, if one of the plans no longer fits.
+    ConcurrentCallError
+        If another call is at work in the tables.
     """
     plans = list(plans)
     if len({plan.seq_id for plan in plans}) != len(plans):
         raise ArgumentError("two plans are for the same sequence")
-    for plan in plans:
-        tables.check_evict(plan.seq_id, plan.blocks, (plan.keep, plan.start))
-    freed = [apply(tables, plan) for plan in plans]
+    evict = unguarded(tables.evict)
+    # No other call comes between the checks and the changes.
+    take_turn(tables.turn, "apply_all")
+    try:
+        for plan in plans:
+            tables.check_evict(plan.seq_id, plan.blocks, (plan.keep, plan.start))
+        freed = [evict(plan.seq_id, plan.blocks, (plan.keep, plan.start)) for plan in plans]
+    finally:
+        tables.turn.append(None)
     return np.concatenate([np.empty(0, np.int32), *freed])

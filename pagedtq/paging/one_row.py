@@ -116,7 +116,7 @@ class OneRow(Steps):
             taken: list[int] = self._table[row, first:stop].tolist()
             return taken
         if need and self.retention is not None:
-            self.retention.refresh()
+            self.retention._refresh()
         if stop > self._table.shape[1]:
             self._grow_width(stop)
         pages, _, _ = self._take(need)

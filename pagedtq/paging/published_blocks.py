@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, TokenRangeError
 from .arguments import Bools, Int32, Int64, ranges
 from .block_keys import token_array
 from .shared_prefixes import NO_TOKENS, BlockChain, SharedPrefixes, Tokens
@@ -45,8 +45,15 @@ class PublishedBlocks(SharedPrefixes):
         if token_ids is None:
             counts = np.array([prompt.size for prompt in prompts], np.int64)
             return StepTokens(members, counts, np.concatenate([*prompts, NO_TOKENS]))
-        tokens = token_array("token_ids", token_ids)
         total = int(np.add.reduce(num_new))
+        try:
+            tokens = token_array("token_ids", token_ids)
+        except TokenRangeError as error:
+            if error.index >= total:
+                raise
+            of = int(np.searchsorted(np.cumsum(num_new), error.index, side="right"))
+            error.args = (f"sequence {int(self._ids[rows[of]])}: {error}",)
+            raise
         if tokens.size != total:
             raise ArgumentError(
                 f"token_ids must have one entry per new token: expected {total}, got {tokens.size}"
@@ -145,8 +152,7 @@ class PublishedBlocks(SharedPrefixes):
         limit = self._known.take(rows)
         if self._num_opaque:
             limit = np.maximum(limit, np.minimum(self._keyed[rows], self._length[rows]))
-        if self.window_tokens:
-            limit = np.minimum(limit, self._coded[rows])
+        # With a window too: all codes of whole blocks are in their pages.
         if upto is not None:
             limit = np.minimum(limit, upto)
         taint = self._taint.take(rows)

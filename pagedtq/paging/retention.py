@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ..errors import ArgumentError, ArgumentTypeError, PinLimit
 from .arguments import Bools, Int32, Integers, integer, integers
 from .candidates import sealed_blocks
+from .exclusive import exclusive, take_turn
 from .page_scores import PageScores
 from .retained_queue import DEFAULT_PRIORITY, HIGHEST_PRIORITY, queue_over
 
@@ -31,7 +32,7 @@ class Retention:
     """Priorities and pins over the pages of tables that share prefixes.
 
     Making one attaches it; there is one per tables. It lives as long as they do and is not part of
-    a snapshot.
+    a snapshot. Whatever changes it takes the turn of the tables.
 
     Parameters
     ----------
@@ -51,6 +52,8 @@ class Retention:
     ------
     ArgumentError, ArgumentTypeError
         If the tables share nothing or have a retention already, or the share is out of range.
+    ConcurrentCallError
+        If another call is at work in the tables; as from every method that changes something.
     """
 
     def __init__(
@@ -61,20 +64,26 @@ class Retention:
     ) -> None:
         if tables.prefix is None:
             raise ArgumentError("retention is about pages that can be found again: needs sharing")
-        if tables.retention is not None:
-            raise ArgumentError("these tables have a retention already")
         if isinstance(max_pinned_share, bool) or not isinstance(max_pinned_share, float | int):
             kind = type(max_pinned_share).__name__
             raise ArgumentTypeError(f"max_pinned_share must be a number, got {kind}")
         if not 0 <= max_pinned_share <= 1:
             raise ArgumentError(f"max_pinned_share must be in [0, 1], got {max_pinned_share}")
         pool = tables.pool
-        self._tables = tables
+        self._tables, self._turn = tables, tables.turn
         self.max_pinned = int(max_pinned_share * (pool.num_pages - 1))
-        self._queue = queue_over(1, pool.num_pages - 1, pool.free_ids(), clock)
         self._pinned = np.zeros(pool.num_pages, np.bool_)
-        pool.use_queue(self._queue)
-        tables.retention = self
+        take_turn(self._turn, "attach a retention")
+        try:
+            if tables.retention is not None:
+                raise ArgumentError("these tables have a retention already")
+            self._queue = queue_over(1, pool.num_pages - 1, pool.free_ids(), clock)
+            # `refresh` for steps, which have the turn.
+            self._refresh = self._queue.refresh
+            pool.use_queue(self._queue)
+            tables.retention = self
+        finally:
+            self._turn.append(None)
 
     @property
     def pinned(self) -> Bools:
@@ -91,10 +100,12 @@ class Retention:
         """Priority of each page, ``int8[num_pages]``; not to be written."""
         return self._queue.priority
 
+    @exclusive
     def refresh(self) -> None:
         """Let priorities end whose time is over; every step begins with it."""
-        self._queue.refresh()
+        self._refresh()
 
+    @exclusive
     def keep(
         self,
         seq_id: int,
@@ -141,6 +152,7 @@ class Retention:
         self._queue.set_priority(pages, np.zeros(pages.size, np.bool_), priority, lifetime)
         return int(pages.size)
 
+    @exclusive
     def pin(self, seq_id: int, start: int = 0, stop: int | None = None) -> Int32:
         """Pin the pages of a range of tokens; those that are pinned already stay so.
 
@@ -170,8 +182,9 @@ class Retention:
         if lost.size:
             block = first + int(lost[0])
             raise ArgumentError(f"sequence {seq_id}: block {block} cannot be found, so not pinned")
-        return self.pin_pages(pages)
+        return self._pin(pages)
 
+    @exclusive
     def pin_pages(self, pages: Integers) -> Int32:
         """Pin pages that hold a block, owned or not (as `PrefixIndex.longest` finds them).
 
@@ -187,20 +200,9 @@ class Retention:
         PinLimit
             If more pages would be pinned than may be.
         """
-        tables, array = self._tables, self._checked(pages)
-        assert tables.prefix is not None
-        without = array[~tables.prefix.held[array]]
-        if without.size:
-            raise ArgumentError(f"page {int(without[0])} holds no block that can be found")
-        fresh = array[~self._pinned[array]]
-        have = self.num_pinned
-        if have + fresh.size > self.max_pinned:
-            raise PinLimit(fresh.size, self.max_pinned - have, self.max_pinned)
-        tables.pool.touch(fresh)
-        tables.windows.wake_records(fresh)
-        self._pinned[fresh] = True
-        return fresh
+        return self._pin(self._checked(pages))
 
+    @exclusive
     def unpin(self, pages: Integers) -> Int32:
         """Take the pins from pages; those without one are skipped.
 
@@ -214,25 +216,48 @@ class Retention:
         ArgumentError, ArgumentTypeError
             If a page is out of range.
         """
-        array = self._checked(pages)
+        return self._unpin(self._checked(pages))
+
+    def _forget(self, pages: Int32) -> None:
+        """Take pins and priorities from pages that hold no block any more.
+
+        For the tables, which have the turn then.
+        """
+        self._unpin(pages)
+        special = pages[self.priorities[pages] != DEFAULT_PRIORITY]
+        waiting = self._tables.pool.ref_counts[special] == 0
+        self._queue.set_priority(special, waiting, DEFAULT_PRIORITY)
+
+    def _pin(self, array: Int32) -> Int32:
+        """Do what `pin_pages` does, of distinct pages in range."""
+        tables = self._tables
+        assert tables.prefix is not None
+        without = array[~tables.prefix.held[array]]
+        if without.size:
+            raise ArgumentError(f"page {int(without[0])} holds no block that can be found")
+        fresh = array[~self._pinned[array]]
+        have = self.num_pinned
+        if have + fresh.size > self.max_pinned:
+            raise PinLimit(fresh.size, self.max_pinned - have, self.max_pinned)
+        tables.pool.touch(fresh)
+        tables.windows.wake_records(fresh)
+        self._pinned[fresh] = True
+        return fresh
+
+    def _unpin(self, array: Int32) -> Int32:
+        """Do what `unpin` does, of distinct pages in range."""
         held = array[self._pinned[array]]
         if not held.size:
             return held
         self._pinned[held] = False
         return self._tables._release_pages(held)
 
-    def drop(self, pages: Int32) -> None:
-        """Take pins and priorities from pages that hold no block any more."""
-        self.unpin(pages)
-        special = pages[self.priorities[pages] != DEFAULT_PRIORITY]
-        waiting = self._tables.pool.ref_counts[special] == 0
-        self._queue.set_priority(special, waiting, DEFAULT_PRIORITY)
-
     def _checked(self, pages: Integers) -> Int32:
         """Return distinct pages in the order given."""
         array = integers("pages", pages)
         if array.size and not 0 < int(array.min()) <= int(array.max()) < self._pinned.size:
-            raise ArgumentError(f"pages must be in [1, {self._pinned.size - 1}]")
+            worst = int(array[(array < 1) | (array >= self._pinned.size)][0])
+            raise ArgumentError(f"pages must be in [1, {self._pinned.size - 1}], got {worst}")
         _, first = np.unique(array, return_index=True)
         return array[np.sort(first)].astype(np.int32)
 

@@ -186,7 +186,7 @@ class SharedPrefixes(TableViews):
             self.windows.release_records(self.windows.resting_pages)
             self.prefix.clear()
             if self.retention is not None:
-                self.retention.drop(self.pool.free_ids())
+                self.retention._forget(self.pool.free_ids())
         return True
 
     @exclusive
@@ -208,7 +208,7 @@ class SharedPrefixes(TableViews):
         array = np.unique(array)
         self.prefix.forget(array)
         if self.retention is not None:
-            self.retention.drop(array.astype(np.int32))
+            self.retention._forget(array.astype(np.int32))
         self.windows.release_records(array[self.pool.ref_counts[array] == 0])
         return before - self.prefix.num_pages_held
 

@@ -103,7 +103,7 @@ class Steps(DecodeRuns):
         copied, begun = self._new_first_pages(old, blocks, fresh, leaving)
         if self.retention is not None:
             # Only now: a call that is refused must not even bring priorities up to date.
-            self.retention.refresh()
+            self.retention._refresh()
         pages, slots, records = self._take(need, slot_members.size, copied.size + begun.size)
         # Nothing fails from here on.
         self.version += 1

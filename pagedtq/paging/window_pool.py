@@ -185,7 +185,8 @@ class WindowPool(CountedPool):
     def _pages(self, pages: Integers) -> Int64:
         array = integers("pages", pages)
         if array.size and (int(array.min()) < 1 or int(array.max()) >= self._record_of.size):
-            raise ArgumentError(f"pages must be in [1, {self._record_of.size - 1}]")
+            worst = int(array[(array < 1) | (array >= self._record_of.size)][0])
+            raise ArgumentError(f"pages must be in [1, {self._record_of.size - 1}], got {worst}")
         return array
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from pagedtq import CacheConfig, Exact, LayerOverride, TurboQuant
 from pagedtq.codec import TurboQuantCodec
 from pagedtq.config import PRESETS
+from tests.table_snapshot import differences as differences
+from tests.table_snapshot import snapshot as table_snapshot
 
 LAYERS, HEADS = 2, 2
 KV_DTYPES = ("f16", "f32", "bf16")
@@ -188,37 +190,12 @@ def resident_bytes(kv_cache, seq_id: int) -> list[dict[str, bytes]]:
 
 def snapshot(kv_cache) -> dict[str, object]:
     """Everything a cache holds, to the byte: pages, windows, tables, pools, the open step."""
-    tables = kv_cache.tables
-    windows = tables.windows
     state: dict[str, object] = {
+        **table_snapshot(kv_cache.tables),
         "pool": kv_cache.backend.pool.tobytes(),
-        "fields": tables._fields.tobytes(),
-        "ids": tables._ids.tobytes(),
-        "slots": tables._slot.tobytes(),
-        "table": (tables._table.shape, tables._table.tobytes()),
-        "free rows": list(tables._free_rows),
-        "page owners": tables.pool.ref_counts.tobytes(),
-        "free pages": tables.pool.free_ids().tolist(),
-        "slot owners": windows.ref_counts.tobytes(),
-        "free slots": windows.free_ids().tolist(),
-        "records": windows.sink_record.tobytes(),
-        "record owners": windows._records.ref_counts.tobytes(),
-        "free records": windows._records.free_ids().tolist(),
-        "shared": (tables.pool.num_shared, windows.num_shared),
-        "parked": tables.pool.parked_ids().tolist(),
-        "host owners": tables.host.ref_counts.tobytes(),
-        "free host pages": tables.host.free_ids().tolist(),
-        "ring owners": tables.host.rings.ref_counts.tobytes(),
-        "free rings": tables.host.rings.free_ids().tolist(),
-        "twins": [part.tolist() for part in tables._twins.pairs()],
-        "swapped": sorted(tables._swapped),
-        "swaps": list(tables._swaps),
         "copied": set(kv_cache._copied),
-        "version": tables.version,
-        "table step": id(tables._step),
-        "step": id(kv_cache._step),
+        "cache step": id(kv_cache._step),
         "stored": set(kv_cache._stored),
-        "sequences": tables.num_sequences,
     }
     for layer in range(kv_cache.config.num_layers):
         if kv_cache.config.has_overlay(layer):
@@ -226,8 +203,3 @@ def snapshot(kv_cache) -> dict[str, object]:
             state[f"ring {layer}"] = window.ring.tobytes()
             state[f"sinks {layer}"] = window.sink.tobytes()
     return state
-
-
-def differences(before: dict[str, object], after: dict[str, object]) -> list[str]:
-    """Names of the parts of two snapshots that differ."""
-    return [name for name in before if before[name] != after.get(name)]

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from token_model import snapshot
 
 from pagedtq.errors import (
     ArgumentError,
@@ -33,6 +32,7 @@ from pagedtq.paging import (
     plan_free,
     sealed_blocks,
 )
+from tests.table_snapshot import snapshot
 
 SIZE = 16
 PROMPT = list(range(100, 200))

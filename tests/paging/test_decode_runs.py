@@ -121,7 +121,8 @@ def some_action(rng):
         picks = range(rng.choice([1, 2, 3, 3])) if rng.random() < 0.6 else rng.sample(range(8), 3)
         kind = rng.choice(["new"] * 4 + ["alike"] * 8 + ["none"])
         end = rng.choice(["commit"] * 6 + ["abort", "drafts"])
-        return what, picks, rng.randint(3, 13), kind, rng.random() < 0.5, end
+        times = rng.randint(3, 13)
+        return what, picks, times, kind, rng.random() < 0.5, end, rng.randrange(times)
     if what == "change":
         what = rng.choice(CHANGES)
     if what == "step":
@@ -152,7 +153,7 @@ def operations_of(action, num_open, clock):
     if not num_open:
         return []
     if what == "decode":
-        picks, times, kind, listed, end = rest
+        picks, times, kind, listed, end, place = rest
         members = sorted({pick % num_open for pick in picks})
         counts = [1] * len(members) if listed else 1
         common = {"members": members, "counts": counts, "drafts": 0}
@@ -161,8 +162,8 @@ def operations_of(action, num_open, clock):
             clock[0] += 1
             tokens = [(clock[0] * 7 + at) % 5 if kind == "new" else 3 for at in members]
             tokens = None if kind == "none" else np.array(tokens, np.int32)
-            # The last but one may end otherwise.
-            odd = end if time == times - 2 else "commit"
+            # One of them may end otherwise.
+            odd = end if time == place else "commit"
             steps.append(partial(Side.step, **common, tokens=tokens, end=odd))
         return steps
     if what == "step":

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from token_model import snapshot
 
 from pagedtq.errors import (
     ArgumentError,
@@ -18,6 +17,7 @@ from pagedtq.errors import (
     UnknownSequence,
 )
 from pagedtq.paging import EvictionPlan, KeepFirstLast, PageTables, eviction
+from tests.table_snapshot import snapshot
 
 
 def world():

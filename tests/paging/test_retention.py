@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from token_model import snapshot
 
 from pagedtq.errors import (
     ArgumentError,
@@ -31,6 +30,7 @@ from pagedtq.paging import (
 )
 from pagedtq.paging.free_queue import FreeQueue
 from pagedtq.paging.retained_queue import DEFAULT_PRIORITY
+from tests.table_snapshot import snapshot
 
 SIZE = 16
 
@@ -64,18 +64,6 @@ def admit(tables, tokens):
 
 def free_order(tables):
     return tables.pool.free_ids().tolist()
-
-
-def state(tables, retention):
-    queue = retention._queue
-    return (
-        snapshot(tables),
-        retention.pinned.tobytes(),
-        queue.priority.tobytes(),
-        queue.lifetime.tobytes(),
-        dict(queue._due),
-        len(tables.prefix),
-    )
 
 
 # -- the default: least recently freed first ------------------------------------------------------
@@ -220,6 +208,14 @@ def test_a_page_found_again_in_time_starts_its_time_anew():
     assert retention.priorities[1] == 35
 
 
+def test_an_evicted_block_is_given_no_priority():
+    tables, retention, _ = tables_of()
+    seq, _ = admit(tables, prompt(1, 3))
+    tables.evict(seq, [1])
+    assert retention.keep(seq, 80) == 2
+    assert retention.priorities[:5].tolist() == [DEFAULT_PRIORITY, 80, DEFAULT_PRIORITY, 80, 35]
+
+
 def test_blocks_of_live_sequences_go_by_priority():
     tables, retention, _ = tables_of(30)
     seq, _ = admit(tables, prompt(1, 6))
@@ -278,11 +274,11 @@ def test_more_pins_than_the_share_allows_are_refused_with_the_numbers():
     assert retention.max_pinned == 3
     seq, _ = admit(tables, prompt(1, 5))
     retention.pin(seq, 0, 32)
-    before = state(tables, retention)
+    before = snapshot(tables)
     with pytest.raises(PinLimit, match="need 2 pins, 1 free of 3; unpin pages") as caught:
         retention.pin(seq, 0, 64)
     assert (caught.value.need, caught.value.free, caught.value.total) == (2, 1, 3)
-    assert state(tables, retention) == before
+    assert snapshot(tables) == before
     # What is pinned already counts once.
     assert retention.pin(seq, 16, 48).tolist() == [3]
 
@@ -382,6 +378,15 @@ def test_integrity_finds_a_pin_too_many_and_a_band_that_lies():
         tables.check_integrity()
 
 
+def test_a_page_to_pin_that_is_out_of_range_is_named():
+    tables, retention, _ = tables_of()
+    for verb in (retention.pin_pages, retention.unpin):
+        for pages, worst in (([1, 99, 0], 99), ([0], 0), ([3, -2], -2)):
+            with pytest.raises(ArgumentError, match=rf"pages must be in \[1, 10\], got {worst}$"):
+                verb(pages)
+    tables.check_integrity()
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 BAD = {
@@ -417,11 +422,11 @@ def test_a_bad_request_has_its_error_and_changes_nothing(name):
     call, error = BAD[name]
     tables, retention, _ = tables_of()
     seq, _ = admit(tables, prompt(1, 6, 4))
-    before = state(tables, retention)
+    before = snapshot(tables)
     with pytest.raises(error) as caught:
         call(retention, seq)
     assert type(caught.value) is error
-    assert state(tables, retention) == before
+    assert snapshot(tables) == before
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import struct
 import numpy as np
 import pytest
 
-from pagedtq.errors import ArgumentError, ArgumentTypeError, StepError
+from pagedtq.errors import ArgumentError, ArgumentTypeError, StepError, TokenRangeError
 from pagedtq.paging import BlockHasher, PageTables, SharingOptions
+from tests.table_snapshot import snapshot
 
 P = 4
 PROMPT = list(range(100, 110))
@@ -417,15 +418,10 @@ def test_a_bad_input_has_its_error_and_changes_nothing(name):
     seq_id = tables.open(PROMPT)
     tables.commit(tables.reserve([seq_id], 3))
 
-    def state():
-        arrays = tables._fields, tables._table, tables._ids, tables._page_tokens
-        arrays += tables.pool.ref_counts, tables.pool.free_ids()
-        return [a.tobytes() for a in arrays], tables.keys_of(seq_id), len(tables.prefix)
-
-    before = state()
+    before = snapshot(tables)
     with pytest.raises(error, match=message):
         call(tables, seq_id)
-    assert before == state()
+    assert before == snapshot(tables)
     tables.check_integrity()
 
 
@@ -443,3 +439,26 @@ def test_publish_to_is_checked_before_the_step_ends():
     tables.commit(plan)
     with pytest.raises(StepError):
         tables.commit(plan)
+
+
+@pytest.mark.parametrize("decoded", [0, 3])
+def test_a_token_outside_int32_names_its_sequence_its_place_and_itself(decoded):
+    """As the first step, and within a run of steps of one token each."""
+    tables = tables_of()
+    ids = [tables.open([]), tables.open(), tables.open([])]
+    for _ in range(decoded):
+        tables.commit(tables.reserve(ids, 1, [1, 2, 3]))
+    before = snapshot(tables)
+    for tokens, place in (([1, 2, 1 << 31], 2), (np.array([1, -(1 << 40), 1 << 31]), 1)):
+        message = f"sequence {ids[place]}: token_ids must fit int32, got {tokens[place]} at {place}"
+        with pytest.raises(TokenRangeError, match=message) as caught:
+            tables.reserve(ids, 1, tokens)
+        assert (caught.value.token, caught.value.index) == (tokens[place], place)
+    with pytest.raises(TokenRangeError, match=f"sequence {ids[2]}: .* at 4$"):
+        tables.reserve(ids, [4, 0, 3], [1, 2, 3, 4, 1 << 32, 6, 7])
+    huge = r"^token_ids must fit int32, got 18446744073709551615 at 3$"
+    with pytest.raises(TokenRangeError, match=huge):
+        tables.reserve(ids, 1, np.array([1, 2, 3, (1 << 64) - 1], np.uint64))
+    assert before == snapshot(tables)
+    tables.commit(tables.reserve(ids, 1, [1, 2, 3]))
+    tables.check_integrity()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from token_model import snapshot
 
 from pagedtq.errors import OutOfPages, OutOfWindowSlots, StepError, UnknownSequence
 from pagedtq.paging import PageTables
+from tests.table_snapshot import snapshot
 
 SIZE = 16
 

@@ -7,10 +7,10 @@ import threading
 
 import numpy as np
 import pytest
-from token_model import snapshot
 
-from pagedtq.errors import CapacityError, ConcurrentCallError, StepError
-from pagedtq.paging import PageTables, SharingOptions
+from pagedtq.errors import ArgumentError, CapacityError, ConcurrentCallError, StepError
+from pagedtq.paging import EvictionPlan, PageTables, Retention, SharingOptions, eviction
+from tests.table_snapshot import snapshot
 
 TYPED = (ConcurrentCallError, StepError, CapacityError)
 
@@ -24,16 +24,19 @@ def eager_switching():
     sys.setswitchinterval(before)
 
 
-def worker(tables: PageTables, seed: int, wanted: int, outcome: dict) -> None:
+def worker(
+    tables: PageTables, seed: int, wanted: int, together: threading.Barrier, outcome: dict
+) -> None:
     """Open, append, fork, truncate and close own sequences until so many calls were done."""
     rng = np.random.default_rng(seed)
     mine: list[int] = []
     done = refused = 0
+    together.wait()
     try:
         while done < wanted:
             assert refused < 1_000_000, f"only {done} calls were done"
             try:
-                kind = rng.integers(8)
+                kind = rng.integers(9)
                 if kind == 0 or not mine:
                     mine.append(tables.open(rng.integers(0, 3, 20)))
                 elif kind < 4:
@@ -50,6 +53,8 @@ def worker(tables: PageTables, seed: int, wanted: int, outcome: dict) -> None:
                     tables.truncate(mine[-1], 0)
                 elif kind == 6:
                     tables.fences.close(tables.fences.open())
+                elif kind == 7:
+                    tables.retention.keep(mine[0], int(rng.integers(101)), seconds=0.0)
                 else:
                     tables.close([mine[-1]])
                     mine.pop()
@@ -62,25 +67,56 @@ def worker(tables: PageTables, seed: int, wanted: int, outcome: dict) -> None:
     outcome[seed] = (done, refused, mine)
 
 
+def pinner(tables: PageTables, done: threading.Event, outcome: dict) -> None:
+    """Pin what can be found and take the pins away again, until the others are done."""
+    pinned = refused = 0
+    try:
+        while not done.is_set() or (not pinned and tables.prefix.num_pages_held):
+            try:
+                found = np.flatnonzero(tables.prefix.held)[-9:]
+                pinned += tables.retention.pin_pages(found).size
+                tables.retention.unpin(found)
+            except TYPED:
+                refused += 1
+            except ArgumentError as error:
+                # Somebody took the page since it was found.
+                assert "holds no block" in str(error)
+    except BaseException as error:
+        outcome["pinner"] = error
+        raise
+    outcome["pinner"] = (pinned, refused, [])
+
+
 @pytest.mark.usefixtures("eager_switching")
 def test_threads_get_typed_errors_and_the_books_stay_right():
     tables = PageTables(4, 300, 4, 2, 40, SharingOptions(), num_host_pages=50)
+    retention = Retention(tables)
     outcome: dict = {}
+    together, done = threading.Barrier(3), threading.Event()
     threads = [
-        threading.Thread(target=worker, args=(tables, seed, 100, outcome)) for seed in range(4)
+        threading.Thread(target=worker, args=(tables, seed, 80, together, outcome))
+        for seed in range(3)
     ]
-    for thread in threads:
+    pinning = threading.Thread(target=pinner, args=(tables, done, outcome))
+    for thread in (*threads, pinning):
         thread.start()
     for thread in threads:
         thread.join()
+    done.set()
+    pinning.join()
     assert all(isinstance(result, tuple) for result in outcome.values()), outcome
     assert sum(refused for _, refused, _ in outcome.values()) > 0, "the threads never met"
     for epoch in list(tables.fences._open):
         tables.fences.close(epoch)
     tables.check_integrity()
     tables.close(tables.sequence_ids())
+    retention.unpin(np.flatnonzero(retention.pinned))
     tables.check_integrity()
     assert tables.pool.num_used == tables.windows.num_used == 0
+
+
+def pruned(seq_id: int) -> EvictionPlan:
+    return EvictionPlan(seq_id, np.array([0]), 0, 0)
 
 
 CALLS = {
@@ -108,6 +144,15 @@ CALLS = {
     "open a fence": lambda t, i: t.fences.open(),
     "close a fence": lambda t, i: t.fences.close(1),
     "poll": lambda t, i: t.fences.poll(),
+    "attach a retention": lambda t, i: Retention(t),
+    "keep": lambda t, i: t.retention.keep(i, 50),
+    "pin": lambda t, i: t.retention.pin(i, 0, 4),
+    "pin pages": lambda t, i: t.retention.pin_pages([1]),
+    "unpin": lambda t, i: t.retention.unpin([1]),
+    "refresh": lambda t, i: t.retention.refresh(),
+    "apply a plan": lambda t, i: eviction.apply(t, pruned(i)),
+    "apply plans": lambda t, i: eviction.apply_all(t, [pruned(i)]),
+    "apply no plans": lambda t, i: eviction.apply_all(t, []),
 }
 
 
@@ -132,8 +177,30 @@ def test_a_call_inside_another_is_refused_and_changes_nothing(name):
             pass
 
     seq_id = tables.open(range(9))
+    if name != "attach a retention":
+        Retention(tables)
     tables.prefix.observer = Observer()
     tables.commit(tables.reserve([seq_id], 9))
     assert len(met) == 1
     tables.check_integrity()
     tables.truncate(seq_id, 4)
+
+
+def test_no_call_comes_between_the_checks_of_several_plans_and_what_they_do(monkeypatch):
+    tables = PageTables(4, 30, sharing=SharingOptions())
+    ids = [tables.open(range(at, at + 9)) for at in (0, 20)]
+    tables.commit(tables.reserve(ids, 9))
+    check, refused = tables.check_evict, []
+
+    def checked(seq_id, blocks, boundary):
+        check(seq_id, blocks, boundary)
+        # What another thread would do now: the plan that was just checked would not fit any more.
+        with pytest.raises(ConcurrentCallError, match="cannot truncate: another call"):
+            tables.truncate(seq_id, 0)
+        refused.append(seq_id)
+
+    monkeypatch.setattr(tables, "check_evict", checked)
+    assert eviction.apply_all(tables, [pruned(seq_id) for seq_id in ids]).tolist() == [1, 4]
+    assert refused == ids
+    assert tables.truncate(ids[0], 4).size == 2
+    tables.check_integrity()

@@ -24,6 +24,7 @@ from pagedtq.paging import (
     eviction,
     plan_free,
 )
+from tests.table_snapshot import snapshot
 
 
 class Sequence:
@@ -257,7 +258,7 @@ class TokenCache:
         """Pages that a swap brings back, in no table yet."""
         return set()
 
-    def snapshot(self) -> tuple[object, ...]:
+    def snapshot(self) -> dict[str, object]:
         return snapshot(self.tables)
 
     def _demand(self, counts: dict[int, int]) -> tuple[int, int]:
@@ -326,40 +327,3 @@ class TokenCache:
         places = record * tables.num_sinks + positions[exact]
         assert np.array_equal(layer.sinks[places], tokens[exact])
         return int(np.count_nonzero(resident))
-
-
-def snapshot(tables: PageTables) -> tuple[object, ...]:
-    """All state of the tables, comparable."""
-    arrays = (
-        tables._ids,
-        tables._fields,
-        tables._slot,
-        tables._table,
-        tables.pool.ref_counts,
-        tables.pool.free_ids(),
-        tables.pool.parked_ids(),
-        tables.windows.ref_counts,
-        tables.windows.free_ids(),
-        tables.windows.parked_ids(),
-        tables.windows.sink_record,
-        tables.windows._records.ref_counts,
-        tables.windows._records.free_ids(),
-        tables.windows._records.parked_ids(),
-        tables.host.ref_counts,
-        tables.host.free_ids(),
-        tables.host.rings.ref_counts,
-        tables.host.rings.free_ids(),
-        *tables._twins.pairs(),
-    )
-    state = [array.tobytes() for array in arrays]
-    shared = tables.pool.num_shared, tables.windows.num_shared
-    swaps = list(tables._swaps), sorted(tables._swapped), tables._num_away
-    return (
-        *state,
-        swaps,
-        tables.fences.num_open,
-        shared,
-        list(tables._free_rows),
-        tables.version,
-        tables._step,
-    )
