@@ -2,84 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-from pagedtq.paging import PageTables, SharingOptions, sequence_rows
-from pagedtq.paging.page_pool import CountedPool
+from pagedtq.paging import PageTables, SharingOptions
+from tests.paging.faults import Fault, Faults, logical
 
 SIZE = 4
-
-
-class Fault(MemoryError):
-    """What an allocation raises when its turn has come."""
-
-
-class Faults:
-    """Counts allocations, and lets the one with a given number fail.
-
-    Allocations are: taking pages, window slots, sink records, pages and rings of the host, and the
-    arrays that hold rows and page tables.
-    """
-
-    def __init__(self, monkeypatch) -> None:
-        self.count, self.fails_at = 0, None
-        acquire = CountedPool.acquire
-
-        def failing_acquire(pool, count):
-            self.tick()
-            return acquire(pool, count)
-
-        monkeypatch.setattr(CountedPool, "acquire", failing_acquire)
-        monkeypatch.setattr(sequence_rows, "np", self)
-
-    def __getattr__(self, name):
-        return getattr(np, name)
-
-    def zeros(self, *shape):
-        self.tick()
-        return np.zeros(*shape)
-
-    def concatenate(self, arrays):
-        self.tick()
-        return np.concatenate(arrays)
-
-    def tick(self) -> None:
-        self.count += 1
-        if self.count == self.fails_at:
-            raise Fault
-
-    def arm(self, number: int | None) -> None:
-        self.count, self.fails_at = 0, number
-
-
-def logical(tables: PageTables) -> list[object]:
-    """All state that means something; arrays may have grown."""
-    rows = np.flatnonzero(tables._ids >= 0)
-    windows, host, prefix = tables.windows, tables.host, tables.prefix
-    pools = (tables.pool, windows, windows._records, host, host.rings)
-    state: list[object] = [
-        rows.tolist(),
-        tables._fields[:, rows].tolist(),
-        tables._slot[rows].tolist(),
-        [np.trim_zeros(tables._table[row], "b").tolist() for row in rows],
-        windows.sink_record.tolist(),
-        windows.resting_pages.tolist(),
-        [part.tolist() for part in tables._twins.pairs()],
-        sorted(tables._swapped),
-        len(tables._swaps),
-        tables._num_away,
-        tables._step is None,
-        tables._free_rows[-1:],
-    ]
-    for pool in pools:
-        state += [pool.ref_counts.tolist(), pool.free_ids().tolist(), pool.parked_ids().tolist()]
-        state.append(pool.num_shared)
-    if prefix is not None:
-        state += [prefix.key_of(page) for page in range(tables.pool.num_pages)]
-        state.append([prefix.pages_of(key) for key in sorted(prefix._first)])
-    state.append([list(tables._chains[row].keys) for row in sorted(tables._chains)])
-    return state
 
 
 class World:
