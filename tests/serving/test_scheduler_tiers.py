@@ -162,9 +162,6 @@ def test_pages_and_slots_behind_fences_are_waited_for_and_nobody_else_gives_way(
     class Event:
         done = False
 
-        def passed(self):
-            return self.done
-
     def run(fenced):
         scheduler = scheduler_of(
             12, window=window, slots=3, host=50, preemption=preemption, sharing=True
