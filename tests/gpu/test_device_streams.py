@@ -10,6 +10,7 @@ import pytest
 from pagedtq import PagedKVCache
 from pagedtq.backends.cuda import CudaBackend
 from pagedtq.errors import OutOfPages
+from tests.backends.engine_table import check_engine
 from tests.parity.cases import make_config
 from tests.parity.twins import BOUND, Twins
 
@@ -113,6 +114,10 @@ def test_torch_tensors_come_in_and_go_out_without_copies(device, kind):
     got = doubled.cpu().numpy() / 2
     assert np.linalg.norm(got - want) <= BOUND * np.linalg.norm(want)
     np.testing.assert_allclose(lse.cpu().numpy(), want_lse, atol=BOUND)
+
+
+def test_an_engines_table_stays_current_by_what_changed_alone(device):
+    assert check_engine(device).num_resized > 1
 
 
 def test_a_layer_of_the_pool_is_a_tensor_of_another_library(device):
