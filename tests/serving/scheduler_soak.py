@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections import Counter
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,7 @@ class SchedulerSoak:
         self.engine = PagedEngine(self.scheduler)
         self.requests: dict[str, GenerationRequest] = {}
         self.done: Counter[str] = Counter()
+        self.steps = sha256()
 
     def run(self, steps: int, check_every: int) -> None:
         """Do so many steps, then abort what is left and check that nothing is held."""
@@ -71,6 +73,8 @@ class SchedulerSoak:
                 self.done["aborted steps"] += 1
                 continue
             self.done["sequences stepped"] += step.plan.seq_ids.size
+            self.steps.update(repr((step.preempted, step.chunks)).encode())
+            self.steps.update(step.plan.slot_mapping.tobytes())
             for finished in self.engine.run_step(step).finished:
                 self.check(finished)
             if number % check_every == 0:

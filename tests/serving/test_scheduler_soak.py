@@ -23,6 +23,13 @@ def test_hundreds_of_steps_on_a_small_pool_generate_every_token_and_leave_nothin
     run = SchedulerSoak(1, 150, 300, 200, **rules)
     run.run(400, check_every=20)
     assert_eventful(run, 400)
+    # The same seed takes the same steps, to the slot of every token.
+    again = SchedulerSoak(1, 150, 300, 200, **rules)
+    again.run(400, check_every=400)
+    assert again.steps.digest() == run.steps.digest()
+    other = SchedulerSoak(2, 150, 300, 200, **rules)
+    other.run(20, check_every=400)
+    assert other.steps.digest() != run.steps.digest()
 
 
 @pytest.mark.soak
