@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trace = read_mooncake(path)
     capacities = CAPACITIES[:3] if options.quick else CAPACITIES
     rows = [row(trace, capacity, HASH_BLOCK_TOKENS) for capacity in capacities]
-    rows += [row(trace, capacity, 64) for capacity in capacities[: 2 if options.quick else 4]]
+    rows += [row(trace, capacity, 64) for capacity in capacities]
     publish(
         "prefix",
         rows,
