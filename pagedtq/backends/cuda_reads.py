@@ -100,10 +100,12 @@ class StepReads:
         host["window_slots"][...], host["sink_records"][...] = slots, records
         if self.chunk_tokens:
             self._chunk_fields(reads, lens)
-        if self._packed.changed():
+        changed = self._packed.changed()
+        if changed:
             self._refuse_wild_pages(block_table, reads)
-            self._packed.send()
+            # What was planned for the old ranges is stale from the first copy on.
             self.version += 1
+            self._packed.send(changed)
         self.reads, self.q_lens, self.has_window = reads, lens, window is not None
 
     def buffers(self, reads: str) -> ReadBuffers:

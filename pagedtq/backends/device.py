@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy.typing as npt
 
 from ..config import Dtype
+from ..paging import fences
 from .page_launches import Launch
 
 #: An array in device memory: shape, dtype and strides as NumPy's, never mixed with NumPy's.
@@ -20,13 +21,8 @@ DeviceArray = Any
 Shape = tuple[int, ...]
 
 
-class Event(Protocol):
-    """A mark in a stream."""
-
-    @property
-    def done(self) -> bool:
-        """Whether everything before the mark has run."""
-        ...
+class Event(fences.Event, Protocol):
+    """A mark in a stream, which opens fences as well: it is done when all before it has run."""
 
     def synchronize(self) -> None:
         """Wait until everything before the mark has run."""

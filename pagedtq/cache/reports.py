@@ -20,13 +20,12 @@ SHADOW_WARNING = (
 
 
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts of pages, window slots, sequences and tokens.
+    """Counts of pages, window slots, sequences and tokens; all of them integers.
 
     ``pages_cached`` of the free pages hold a block that a new sequence can begin with.
     ``resident_tokens`` are positions whose page is held, per sequence (shared pages count for
-    each); ``logical_tokens`` include evicted ones. ``page_utilisation`` is resident tokens over
-    the token capacity of the pages the sequences hold, again per sequence. ``pages_parked`` wait
-    for a fence; ``num_swapped`` of the sequences are on the host.
+    each), ``resident_slots`` the slots of these pages; ``logical_tokens`` include evicted ones.
+    ``pages_parked`` wait for a fence; ``num_swapped`` of the sequences are on the host.
     """
 
     num_pages: int
@@ -39,11 +38,16 @@ class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     num_sequences: int
     logical_tokens: int
     resident_tokens: int
-    page_utilisation: float
+    resident_slots: int
     pages_parked: int = 0
     num_swapped: int = 0
     host_pages: int = 0
     host_pages_used: int = 0
+
+    @property
+    def page_utilisation(self) -> float:
+        """How full the pages of the sequences are, 0 to 1; 0 without pages."""
+        return self.resident_tokens / self.resident_slots if self.resident_slots else 0.0
 
 
 class CacheCounters(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,7 +158,6 @@ class MemoryReport(msgspec.Struct, frozen=True, kw_only=True):
 def cache_stats(tables: PageTables) -> CacheStats:
     """Count what the tables hold."""
     pool, windows = tables.pool, tables.windows
-    held = tables.num_resident_blocks * tables.page_size
     return CacheStats(
         num_pages=pool.num_pages,
         pages_used=pool.num_used,
@@ -166,7 +169,7 @@ def cache_stats(tables: PageTables) -> CacheStats:
         num_sequences=tables.num_sequences,
         logical_tokens=tables.logical_tokens,
         resident_tokens=tables.resident_tokens,
-        page_utilisation=tables.resident_tokens / held if held else 0.0,
+        resident_slots=tables.num_resident_blocks * tables.page_size,
         pages_parked=pool.num_parked,
         num_swapped=tables.num_swapped,
         host_pages=tables.host.num_pages,

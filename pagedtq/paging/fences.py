@@ -21,10 +21,11 @@ from .window_pool import WindowPool
 
 
 class Event(Protocol):
-    """What tells when work in flight is done, such as an event on a CUDA stream."""
+    """What tells when work in flight is done: an event on a CUDA stream, or an object of yours."""
 
-    def passed(self) -> bool:
-        """Tell, without waiting, whether all work before it is done."""
+    @property
+    def done(self) -> bool:
+        """Whether all work before it is done; never waits."""
         ...
 
 
@@ -63,10 +64,20 @@ class Fences:
         Parameters
         ----------
         event : Event, optional
-            Lets `poll` close the fence; without one `close` has to.
+            Lets `poll` close the fence; without one `close` has to. ``Device.record()`` and CuPy's
+            events are such.
+
+        Raises
+        ------
+        ArgumentError
+            If ``event.done`` is not True or False: a method, as futures have, is always true.
         """
-        if event is not None and not callable(getattr(event, "passed", None)):
-            raise ArgumentError(f"an event has a method passed(), got {type(event).__name__}")
+        done = getattr(event, "done", None)
+        if event is not None and not isinstance(done, bool | np.bool_):
+            raise ArgumentError(
+                f"an event has an attribute done that is True or False, got {type(event).__name__} "
+                f"with {'none' if done is None else type(done).__name__}"
+            )
         self._epoch += 1
         self._pool.fence(self._epoch)
         self._windows.fence(self._epoch)
@@ -97,13 +108,11 @@ class Fences:
 
     @exclusive
     def poll(self) -> Int32:
-        """Close the fences whose events have passed; return the pages that rejoined, as `close`."""
+        """Close the fences whose events are done; return the pages that rejoined, as `close`."""
         if not self._open:
             return np.empty(0, np.int32)
-        passed = [
-            epoch for epoch, event in self._open.items() if event is not None and event.passed()
-        ]
-        for epoch in passed:
+        over = [epoch for epoch, event in self._open.items() if event is not None and event.done]
+        for epoch in over:
             del self._open[epoch]
         return self._rejoin()
 

@@ -1,9 +1,9 @@
 """Events about blocks that can be found, in the wire format of vLLM's.
 
-Names, tags, field order and encoding are those that vLLM's subscribers (routers, indexers) decode:
-a batch is an array ``[ts, events, data_parallel_rank]``, an event is a map with its ``type``.
-Fields that vLLM knows and pagedtq does not fill are there with their defaults, which are left out
-when encoded.
+Names, tags, field order and encoding are those of vLLM 0.33.0, which its subscribers (routers,
+indexers) decode: a batch is an array ``[ts, events, data_parallel_rank]``, an event is a map with
+its ``type``. Fields that vLLM knows and pagedtq does not fill are there with their defaults, which
+are left out when encoded; what another publisher fills is read, and kept when it is sent on.
 """
 
 from __future__ import annotations
@@ -46,6 +46,10 @@ class BlockStored(KVCacheEvent):
     group_idx: int | None = None
     kv_cache_spec_kind: str | None = None
     kv_cache_spec_sliding_window: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
+    session_id: str | None = None
+    lookahead_token_ids: list[list[int]] | None = None
 
 
 class BlockRemoved(KVCacheEvent):
@@ -54,6 +58,8 @@ class BlockRemoved(KVCacheEvent):
     block_hashes: list[bytes | int]
     medium: str | None
     group_idx: int | None = None
+    locality: str | None = None
+    ownership: str | None = None
 
 
 class AllBlocksCleared(KVCacheEvent):

@@ -112,6 +112,8 @@ class Scheduler(Continuation):
         """Return what only grows under its names as a metric, for a `PrometheusCollector`."""
         stats = self.stats
         return {
+            "prompt_tokens": stats.prompt_tokens,
+            "prompt_tokens_found": stats.found_tokens,
             "preemptions": stats.preempted,
             "swapped_out_pages": stats.swapped_out_pages,
             "swapped_in_pages": stats.swapped_in_pages,

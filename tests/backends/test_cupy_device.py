@@ -17,9 +17,11 @@ from pagedtq.errors import (
     ArgumentTypeError,
     BackendUnavailable,
     KernelCompileError,
+    OutOfPages,
     StepError,
     UnsupportedError,
 )
+from pagedtq.paging import PageTables
 
 
 @pytest.fixture
@@ -98,6 +100,30 @@ def test_a_staging_buffer_is_used_again_once_its_copy_has_run(device, cupy):
     large = np.ones(5 << 20, np.uint8)
     assert np.array_equal(device.upload(large), large)
     assert len(buffers._busy) == 3
+
+
+@pytest.mark.parametrize("kind", ["a mark of the device", "an event of CuPy"])
+def test_pages_freed_behind_a_mark_in_the_stream_wait_until_it_has_run(device, cupy, kind):
+    tables = PageTables(page_size=4, num_pages=9)
+    one, other = tables.open(), tables.open()
+    tables.commit(tables.reserve([one], 12))
+    fake_cupy.Event.all_done = False
+    if kind == "a mark of the device":
+        event = device.record()
+    else:
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record()
+    assert event.stream is cupy.cuda.get_current_stream()
+    tables.fences.open(event)
+    tables.close(one)
+    assert tables.fences.poll().tolist() == []
+    assert tables.pool.parked_ids().tolist() == [3, 2, 1]
+    with pytest.raises(OutOfPages):
+        tables.reserve([other], 24)
+    fake_cupy.Event.all_done = True
+    assert tables.fences.poll().tolist() == [3, 2, 1]
+    assert (tables.fences.num_open, tables.pool.num_free) == (0, 8)
+    tables.commit(tables.reserve([other], 24))
 
 
 def test_pinned_memory_is_copied_from_and_to_directly(device, cupy):

@@ -9,6 +9,8 @@ import pytest
 
 from pagedtq import PagedKVCache
 from pagedtq.backends.cuda import CudaBackend
+from pagedtq.errors import OutOfPages
+from tests.backends.engine_table import check_engine
 from tests.parity.cases import make_config
 from tests.parity.twins import BOUND, Twins
 
@@ -36,6 +38,49 @@ def test_two_caches_on_two_streams_do_not_meet(device):
     for twins, stream in zip(pairs, streams):
         with stream:
             twins.check_pages()
+
+
+SPIN = """
+extern "C" __global__ void spin(long long cycles) {
+    const long long begin = clock64();
+    while (clock64() - begin < cycles) {
+    }
+}
+"""
+
+
+def test_pages_freed_behind_a_kernel_in_flight_come_back_when_it_has_run(device):
+    """The pages of a sequence that a launch may still read are nobody else's until it has run."""
+    config = make_config("k4v4", 128, 64, window=64, num_layers=1, num_pages=8)
+    cache = PagedKVCache(config, partial(CudaBackend, device=device))
+    rng = np.random.default_rng(5)
+    keys, values = rng.standard_normal((2, 1, 7 * 64, 2, 128)).astype(np.float32)
+    one, other = cache.open(), cache.open()
+    cache.append(one, keys[:, :300], values[:, :300])
+    queries = device.upload(rng.standard_normal((1, 4, 128)).astype(np.float32))
+    before = device.download(cache.attend(0, queries, one)[0])
+    stream = device.xp.cuda.Stream(non_blocking=True)
+    device.synchronize()
+    with stream:
+        # Some hundred milliseconds, and behind them a launch that reads the pages.
+        device.xp.RawKernel(SPIN, "spin")((1,), (1,), (np.int64(1_000_000_000),))
+        late, _ = cache.attend(0, queries, one)
+        event = device.record()
+    fences, pool = cache.tables.fences, cache.tables.pool
+    fences.open(event)
+    cache.close(one)
+    assert not event.done and fences.poll().size == 0
+    assert (fences.num_parked, pool.num_free) == (5, 2)
+    with pytest.raises(OutOfPages):
+        cache.append(other, keys, values)
+    cache.append(other, keys[:, :128], values[:, :128])
+    event.synchronize()
+    assert fences.poll().tolist() == [5, 4, 3, 2, 1]
+    assert (fences.num_open, fences.num_parked, pool.num_free) == (0, 0, 5)
+    with stream:
+        np.testing.assert_array_equal(device.download(late), before)
+    cache.append(other, keys[:, :320], values[:, :320])
+    assert pool.num_free == 0
 
 
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
@@ -69,6 +114,10 @@ def test_torch_tensors_come_in_and_go_out_without_copies(device, kind):
     got = doubled.cpu().numpy() / 2
     assert np.linalg.norm(got - want) <= BOUND * np.linalg.norm(want)
     np.testing.assert_allclose(lse.cpu().numpy(), want_lse, atol=BOUND)
+
+
+def test_an_engines_table_stays_current_by_what_changed_alone(device):
+    assert check_engine(device).num_resized > 1
 
 
 def test_a_layer_of_the_pool_is_a_tensor_of_another_library(device):

@@ -3,20 +3,26 @@
 One integer per token stands for its bytes, in every page of the device and of the host. It is a
 hash of all that precedes the token, as its keys and values are functions of that; so a page that is
 shared, re-used, swapped or fenced wrongly shows as a wrong integer. Preemption is heavy: whatever
-does not fit sends a random sequence to the host, or closes it and begins it again.
+does not fit sends a random sequence to the host, or closes it and begins it again. With `Faults`
+allocations fail now and then; the call has then changed nothing, and is repeated.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable
+from hashlib import sha256
 from itertools import chain
+from typing import Any
 
+import msgspec
 import numpy as np
 
 from pagedtq.errors import CapacityError
 from pagedtq.paging import KeepFirstLast, PageTables, SharingOptions, eviction
 from pagedtq.serving import BlockRemoved, BlockStored, EventLog
+from tests.paging.faults import Fault, Faults, logical
 
 SIZE = 4
 #: Prompts of one family begin alike.
@@ -51,10 +57,22 @@ class Soak:
         Decides every operation.
     num_pages, num_host_pages, num_slots : int
         Small pools.
+    faults : Faults, optional
+        Armed already.
     """
 
-    def __init__(self, seed: int, num_pages=1000, num_host_pages=500, num_slots=64) -> None:
-        self.rng = random.Random(seed)
+    #: No call makes more allocations, but for those that let arrays grow.
+    MOST_ALLOCATIONS = 4
+
+    def __init__(
+        self,
+        seed: int,
+        num_pages: int = 1000,
+        num_host_pages: int = 500,
+        num_slots: int = 64,
+        faults: Faults | None = None,
+    ) -> None:
+        self.rng, self.faults = random.Random(seed), faults
         self.tables = PageTables(
             SIZE, num_pages, SIZE, 2, num_slots, SharingOptions(), num_host_pages
         )
@@ -71,6 +89,11 @@ class Soak:
         self.done: Counter[str] = Counter()
 
     def run(self, operations: int, check_every: int) -> None:
+        """Do so many operations, end everything, and check that nothing is left."""
+        self.work(operations, check_every)
+        self.drain()
+
+    def work(self, operations: int, check_every: int) -> None:
         kinds = {
             self.decode: 34,
             self.append: 12,
@@ -93,7 +116,19 @@ class Soak:
                 self.read(self.rng.choice(self.live))
             if number % check_every == 0:
                 self.check()
-        self.drain()
+
+    def call(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """Call; if an allocation fails, nothing has changed, and the call is repeated."""
+        due = self.faults and self.faults.fails_at - self.faults.count <= self.MOST_ALLOCATIONS
+        before = logical(self.tables) if due else None
+        try:
+            return operation(*arguments)
+        except Fault:
+            self.done["faults"] += 1
+            if before is not None:
+                self.done["faults compared"] += 1
+                assert logical(self.tables) == before
+            return operation(*arguments)
 
     # -- writing -------------------------------------------------------------------------------
 
@@ -117,7 +152,7 @@ class Soak:
         self.begin(prompt)
 
     def begin(self, prompt: list[int]) -> None:
-        seq_id = self.tables.open(prompt)
+        seq_id = self.call(self.tables.open, prompt)
         member = self.members[seq_id] = Member(prompt)
         member.ids = prompt[: self.tables.length_of(seq_id)]
         member.values = self.values(seq_id, [], member.ids)
@@ -148,7 +183,7 @@ class Soak:
             ids.append(new)
             values.append(self.values(seq_id, member.values, new))
         try:
-            plan = tables.reserve(list(counts), list(counts.values()), list(chain(*ids)))
+            plan = self.call(tables.reserve, list(counts), list(counts.values()), list(chain(*ids)))
         except CapacityError as error:
             assert error.need > error.free
             self.done["did not fit"] += 1
@@ -169,7 +204,7 @@ class Soak:
     def fork(self) -> None:
         if self.live and len(self.members) < MOST:
             seq_id = self.rng.choice(self.live)
-            child = self.tables.fork(seq_id)
+            child = self.call(self.tables.fork, seq_id)
             self.members[child] = self.members[seq_id].fork()
             self.live.append(child)
 
@@ -226,7 +261,7 @@ class Soak:
             if self.rng.random() < 0.3:
                 chosen = self.rng.sample(self.live, min(3, len(self.live)))
             try:
-                plan = self.tables.begin_swap_out(chosen)
+                plan = self.call(self.tables.begin_swap_out, chosen)
             except CapacityError:
                 self.done["host full"] += 1
             else:
@@ -243,7 +278,7 @@ class Soak:
             return
         chosen = self.rng.sample(self.away, min(self.rng.randint(1, 3), len(self.away)))
         try:
-            plan = self.tables.begin_swap_in(chosen)
+            plan = self.call(self.tables.begin_swap_in, chosen)
         except CapacityError:
             self.done["device full"] += 1
             return
@@ -289,6 +324,15 @@ class Soak:
             self.freed(self.tables.fences.close(self.fences.pop(index)))
         else:
             self.fences.append(self.tables.fences.open())
+
+    def digest(self) -> str:
+        """Name what all operations led to: books, bytes, model, events, and counts."""
+        values = {seq_id: member.values for seq_id, member in self.members.items()}
+        books = repr((logical(self.tables), list(self.done.items()), values)).encode()
+        events = msgspec.msgpack.encode(self.log.take())
+        return sha256(
+            b"".join((books, events, self.pages.tobytes(), self.host.tobytes()))
+        ).hexdigest()
 
     # -- claims --------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -25,11 +26,8 @@ def filled(tables, num_tokens, **opening):
 
 
 class Signal:
-    def __init__(self):
-        self.done = False
-
-    def passed(self):
-        return self.done
+    def __init__(self, done=False):
+        self.done = done
 
 
 def test_pages_freed_behind_a_fence_rejoin_in_release_order_when_it_passes():
@@ -183,6 +181,10 @@ def test_a_fence_without_an_event_waits_for_its_close():
         (lambda fences: fences.close(True), ArgumentTypeError),
         (lambda fences: fences.close(1.0), ArgumentTypeError),
         (lambda fences: fences.open(object()), ArgumentError),
+        # A method would always count as true.
+        (lambda fences: fences.open(Future()), ArgumentError),
+        (lambda fences: fences.open(Signal(None)), ArgumentError),
+        (lambda fences: fences.open(Signal(1)), ArgumentError),
     ],
 )
 def test_a_wrong_epoch_or_event_is_refused_and_changes_nothing(call, error):

@@ -37,6 +37,51 @@ THEIRS = [
 ]
 
 
+FILLED = {
+    "block_hashes": [b"a"],
+    "parent_block_hash": b"p",
+    "token_ids": [1, 2],
+    "block_size": 2,
+    "lora_id": 3,
+    "medium": "CPU",
+    "lora_name": "adapter",
+    "extra_keys": [("adapter", "salt")],
+    "group_idx": 1,
+    "kv_cache_spec_kind": "full_attention",
+    "kv_cache_spec_sliding_window": 128,
+    "locality": "REMOTE",
+    "ownership": "disk",
+    "session_id": "s",
+    "lookahead_token_ids": [[5]],
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [BlockStored, BlockRemoved, AllBlocksCleared, KVEventBatch],
+    ids=lambda kind: kind.__name__,
+)
+def test_our_fields_are_vllms_in_order_and_with_its_defaults(kind):
+    theirs = getattr(kv_events, kind.__name__)
+    assert kind.__struct_fields__ == theirs.__struct_fields__
+    assert kind.__struct_defaults__ == theirs.__struct_defaults__
+    ours, other = kind.__struct_config__, theirs.__struct_config__
+    assert (ours.tag, ours.array_like, ours.omit_defaults) == (
+        other.tag,
+        other.array_like,
+        other.omit_defaults,
+    )
+
+
+@pytest.mark.parametrize("name", ["BlockStored", "BlockRemoved"])
+def test_no_field_that_vllm_fills_is_lost(name):
+    theirs = getattr(kv_events, name)
+    event = theirs(**{field: FILLED[field] for field in theirs.__struct_fields__})
+    data = msgspec.msgpack.encode(kv_events.KVEventBatch(ts=1.5, events=[event]))
+    again = msgspec.msgpack.encode(msgspec.msgpack.decode(data, type=KVEventBatch))
+    assert again == data
+
+
 def test_vllm_decodes_our_batch():
     data = msgspec.msgpack.encode(KVEventBatch(1.5, OURS, 2))
     assert msgspec.msgpack.decode(data, type=kv_events.KVEventBatch) == kv_events.KVEventBatch(

@@ -45,7 +45,7 @@ class NaiveScheduler:
         self.total, self.size, self.sharing, self.options = num_pages, size, sharing, options
         self.index = {}
         self.waiting, self.prefills, self.decoding = [], [], []
-        self.added, self.found = 0, {}
+        self.added, self.found, self.num_stuck = 0, {}, 0
 
     # -- pages --
 
@@ -125,7 +125,11 @@ class NaiveScheduler:
         if not self.prefills or not self.decoding or len(self.free) > self.pages_for_next():
             return False
         first = self.prefills[0]
-        return first.stored % self.size == 0 and max(s.place for s in self.decoding) > first.place
+        stuck = first.stored % self.size == 0
+        stuck = stuck and max(s.place for s in self.decoding) > first.place
+        # Not for want of a page that somebody decoding needs anyway.
+        self.num_stuck += stuck and self.pages_for_next() <= len(self.free)
+        return stuck
 
     def step(self):
         """Take a step; return what was preempted, who took part, and the free pages meanwhile."""

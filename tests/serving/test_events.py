@@ -36,14 +36,54 @@ def test_the_fields_are_frozen():
             "group_idx",
             "kv_cache_spec_kind",
             "kv_cache_spec_sliding_window",
+            "locality",
+            "ownership",
+            "session_id",
+            "lookahead_token_ids",
         ),
-        "BlockRemoved": ("block_hashes", "medium", "group_idx"),
+        "BlockRemoved": ("block_hashes", "medium", "group_idx", "locality", "ownership"),
     }
     assert AllBlocksCleared.__struct_fields__ == ()
     assert KVEventBatch.__struct_fields__ == ("ts", "events", "data_parallel_rank")
     # What a subscriber may leave out.
-    required = BlockStored([b"a"], None, [1], 1, None, None, None)
-    assert required.extra_keys is required.group_idx is None
+    assert BlockStored.__struct_defaults__ == (None,) * 8
+    assert BlockRemoved.__struct_defaults__ == (None,) * 3
+
+
+def test_what_other_publishers_fill_is_read_and_kept():
+    """A group of layers, an adapter, a tier elsewhere: all that vLLM's events can say."""
+    stored = {
+        "type": "BlockStored",
+        "block_hashes": [b"a", b"b"],
+        "parent_block_hash": 5,
+        "token_ids": [1, 2, 3, 4],
+        "block_size": 2,
+        "lora_id": 3,
+        "medium": "CPU",
+        "lora_name": "adapter",
+        "extra_keys": [["adapter", "salt"], None],
+        "group_idx": 1,
+        "kv_cache_spec_kind": "sliding_window",
+        "kv_cache_spec_sliding_window": 128,
+        "locality": "REMOTE",
+        "ownership": "disk",
+        "session_id": "s",
+        "lookahead_token_ids": [[5], []],
+    }
+    removed = {
+        "type": "BlockRemoved",
+        "block_hashes": [b"a"],
+        "medium": "CPU",
+        "group_idx": 1,
+        "locality": "LOCAL",
+        "ownership": "disk",
+    }
+    sent = [0.5, [stored, removed], 1]
+    batch = msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=KVEventBatch)
+    first, second = batch.events
+    assert (first.lora_name, first.group_idx, first.locality) == ("adapter", 1, "REMOTE")
+    assert (second.group_idx, second.ownership) == (1, "disk")
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(batch)) == sent
 
 
 def test_the_bytes_on_the_wire_are_frozen():

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import random
+
 import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.serving.naive_scheduler import NaiveScheduler
 from tests.serving.paged_engine import PagedEngine
-from tests.serving.test_scheduler import SIZE, assert_drained, rules, scheduler_of, streams
+from tests.serving.test_scheduler import (
+    SIZE,
+    assert_drained,
+    request_of,
+    rules,
+    scheduler_of,
+    streams,
+)
 
 
 @given(streams(), rules, st.integers(11, 40), st.booleans())
@@ -62,3 +71,29 @@ def compare(stream, num_pages, sharing, host, options):
     assert found == naive.found
     assert not naive.decoding and not naive.waiting
     assert_drained(scheduler)
+    return naive
+
+
+def test_prompts_that_are_stuck_take_the_place_of_those_behind_them_as_if_written_naively():
+    """Long prompts come while sequences of lower priority decode, in pools that just hold both."""
+    num_stuck = 0
+    for seed in range(90):
+        rng = random.Random(seed)
+        requests = [
+            request_of(f"r{at}", rng.randint(2, 10), rng.randint(6, 14), priority=1)
+            for at in range(rng.randint(1, 3))
+        ]
+        for at in range(len(requests), len(requests) + rng.randint(1, 3)):
+            requests.append(request_of(f"r{at}", rng.randint(10, 26), rng.randint(1, 4)))
+        times = sorted(rng.randint(0, 6) for _ in requests)
+        options = {
+            "policy": "priority",
+            "admission": "chunk",
+            "step_tokens": rng.choice((4, 6, 9)),
+            "max_running": 100,
+            "watermark": 0.0,
+        }
+        host = rng.choice((0, 0, 9))
+        options |= {"preemption": "swap"} if host else {}
+        num_stuck += compare((requests, times), rng.randint(8, 11), False, host, options).num_stuck
+    assert num_stuck > 25, "hardly any prompt was stuck: the test proves little"

@@ -146,6 +146,8 @@ def test_counts_of_a_scheduler_are_exported_beside_those_of_its_tables():
     stats = scheduler.stats
     assert stats.swapped_out_pages == stats.swapped_in_pages > 0
     for name, value in (
+        ("pagedtq_prompt_tokens_total", 30),
+        ("pagedtq_prompt_tokens_found_total", stats.found_tokens),
         ("pagedtq_preemptions_total", stats.preempted),
         ("pagedtq_swapped_out_pages_total", stats.swapped_out_pages),
         ("pagedtq_swapped_in_pages_total", stats.swapped_in_pages),
@@ -161,9 +163,6 @@ def test_pages_and_slots_behind_fences_are_waited_for_and_nobody_else_gives_way(
 
     class Event:
         done = False
-
-        def passed(self):
-            return self.done
 
     def run(fenced):
         scheduler = scheduler_of(

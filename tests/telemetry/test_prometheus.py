@@ -74,6 +74,9 @@ def test_every_count_of_a_cache_is_exported():
     for field in (*CacheStats.__struct_fields__, *CacheCounters.__struct_fields__):
         suffix = "_total" if field in CacheCounters.__struct_fields__ else ""
         assert f"pagedtq_{field}{suffix}" in shown
+    # What is divided is left to whoever reads: every count is a whole number.
+    assert {type(count) for count in msgspec.structs.astuple(cache.stats())} == {int}
+    assert cache.stats().page_utilisation == (24 + 32) / (2 + 2) / SIZE
     assert float(shown["pagedtq_pages_used_bytes"]) == cache.memory_report().pages_used_bytes > 0
 
 
