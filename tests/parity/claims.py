@@ -416,6 +416,17 @@ def test_what_no_kernel_reads_is_refused_with_what_is_supported(device):
             CudaBackend(config, device=device)
 
 
+def test_rankings_that_no_kernel_computes_are_refused_with_those_that_are_supported(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=1), device)
+    twins.append([twins.open()], [40])
+    backend, tables, ids = twins.cuda.backend, twins.cuda.tables, twins.members([0], 1)
+    table, reads = tables.block_table(ids), tables.reads(ids, False)
+    with pytest.raises(UnsupportedError, match=r"bounds .* supports score, .*backend='host'"):
+        backend.score_bounds(0, twins.queries(1, 4), table, reads)
+    with pytest.raises(UnsupportedError, match=r"norms .* supports score, .*backend='host'"):
+        backend.norm_ratios(0, table[0])
+
+
 def test_bad_arguments_are_refused_as_on_the_host(device):
     twins = Twins(make_config("k4v4", 64, 16, window=16, num_layers=1), device)
     twins.append([twins.open()], [40])
