@@ -281,6 +281,8 @@ def test_key_bounds_of_full_pages_equal_the_hosts(form, head_dim):
     host = poisoned(cache_config(*FORMATS[form], head_dim, page_size=16, key_bounds=True))
     slots = np.arange(16, 48, dtype=np.int64)
     keys, values = tokens(32, 2, head_dim, "f16")
+    # Channels of one sign, so that a bound of no token at all, zero, would show.
+    keys[:, 0] = tokens(32, 1, head_dim, "f16", means=np.float32(20))[0][:, 0]
     host.store(0, keys, values, slots)
     pages = np.array([2, 1])
     device = DeviceLayer(host, seed=5)
