@@ -173,6 +173,21 @@ def test_value_norms_of_any_size_fill_the_range_of_f16(scale):
     check(cache, fill(cache, [200, 65], rng, scale), [1, 1], 4, 1, rng)
 
 
+def test_exact_magnitudes_beyond_f16_saturate():
+    rng = np.random.default_rng(10)
+    cache = make_cache("f32", 96, 16, kv_dtype="f32")
+    keys, values = rng.standard_normal((2, 1, 21, HEADS, 96)).astype(np.float32)
+    keys[0, 20, 0, 5], values[0, 3, 0, 7], values[0, 18, 1, 60] = 1e6, 1e6, -1e6
+    seq = cache.open()
+    cache.append(seq, keys, values)
+    queries = rng.standard_normal((1, HEADS, 96)).astype(np.float32)
+    table, reads = cache.tables.block_table([seq]), cache.tables.reads([seq], False)
+    out, _ = DeviceAttention(cache.backend).attend(queries, table, reads, 1e-4)
+    keys, values = (np.clip(part[0], -65504, 65504) for part in (keys, values))
+    want, _ = softmax_attention(queries, keys, values, np.arange(21), np.array([20]), 1e-4)
+    assert relative_error(out, want) <= BOUND
+
+
 def test_layers_of_either_pool_order_are_read_in_place():
     rng = np.random.default_rng(11)
     override = LayerOverride(layers=(0,), keys=Exact(), values=Exact())
