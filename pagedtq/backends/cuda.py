@@ -28,6 +28,9 @@ from .queries import check_query_shapes, check_scale
 
 Array = npt.NDArray[Any]
 
+# What ranks pages on a device, for refusals of what does not.
+_RANKINGS = "the CUDA backend supports score, page_stats and attend: use them, or backend='host'"
+
 
 class CudaBackend(PagedBackend):
     """Store, score and attend on pages with CUDA kernels.
@@ -283,11 +286,11 @@ class CudaBackend(PagedBackend):
         self, layer: int, queries: Any, block_table: Array, reads: Reads
     ) -> PageBounds:
         """Refuse: no kernel reads key bounds, only the host's `HostBackend.score_bounds` does."""
-        raise UnsupportedError(f"{self.name} has no page bounds of scores; backend 'host' has")
+        raise UnsupportedError(f"no kernel bounds the scores of pages; {_RANKINGS}")
 
     def norm_ratios(self, layer: int, pages: Array) -> Array:
         """Refuse: no kernel compares norm planes, only `HostBackend.norm_ratios` does."""
-        raise UnsupportedError(f"{self.name} has no norm ratios of pages; backend 'host' has")
+        raise UnsupportedError(f"no kernel compares the norms of pages; {_RANKINGS}")
 
     def load(self, layer: int, slots: Any, dtype: Dtype = "f32") -> tuple[DeviceArray, DeviceArray]:
         """Decode page slots; see `HostBackend.load`. Results are of type ``dtype``."""

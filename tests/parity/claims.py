@@ -139,6 +139,25 @@ def test_caps_sinks_and_sliding_windows_mean_what_they_mean_on_the_host(device):
     twins.check_attend(0, members, 4, [2, 3], chunk=True, sink_logits=logits, window_left=9)
 
 
+def test_a_prompt_longer_than_the_ring_sees_its_sinks_no_sooner_than_they_come(device):
+    config = make_config("k4v4", 64, 16, window=16, sinks=8, num_layers=1)
+    twins = Twins(config, device)
+    members = [twins.open(), twins.open()]
+    lengths = [3, 40]
+    twins.append(members, lengths)
+    twins.check_attend(0, members, 4, lengths)
+
+
+def test_one_plan_serves_calls_of_any_group_size(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=1), device)
+    members = [twins.open(), twins.open()]
+    twins.append(members, (70, 33))
+    # Of 16 query rows a unit takes, groups of 4 and 16 have one and three units a sequence.
+    for group in (4, 16, 4):
+        twins.check_attend(0, members, group, [3, 3])
+    assert len(twins.cuda.backend._plans) == 1
+
+
 def test_layers_of_other_codecs_and_key_bounds_are_written_in_place(device):
     override = LayerOverride(layers=(0,), keys=Exact(), values=Exact())
     for order in ("layer_major", "page_major"):
@@ -395,6 +414,17 @@ def test_what_no_kernel_reads_is_refused_with_what_is_supported(device):
         config = make_config("k4v4", 64, 16).replace(**changes)
         with pytest.raises(UnsupportedError, match=r"stores TurboQuant .* use backend='host'"):
             CudaBackend(config, device=device)
+
+
+def test_rankings_that_no_kernel_computes_are_refused_with_those_that_are_supported(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=1), device)
+    twins.append([twins.open()], [40])
+    backend, tables, ids = twins.cuda.backend, twins.cuda.tables, twins.members([0], 1)
+    table, reads = tables.block_table(ids), tables.reads(ids, False)
+    with pytest.raises(UnsupportedError, match=r"bounds .* supports score, .*backend='host'"):
+        backend.score_bounds(0, twins.queries(1, 4), table, reads)
+    with pytest.raises(UnsupportedError, match=r"norms .* supports score, .*backend='host'"):
+        backend.norm_ratios(0, table[0])
 
 
 def test_bad_arguments_are_refused_as_on_the_host(device):

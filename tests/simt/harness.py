@@ -188,17 +188,21 @@ class _GuardedBase(np.ndarray):
 
 
 class _Guarded:
-    """An array that ends (but for less than 16 bytes) at a page no access may touch."""
+    """An array that ends (but for less than 16 bytes) at a page no access may touch.
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    ``sparse`` ones are zero and take memory where they are written: they may be larger than it.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sparse: bool = False) -> None:
         size = int(np.prod(shape)) * dtype.itemsize
         padded = -(-size // 16) * 16
         pages = -(-padded // mmap.PAGESIZE) * mmap.PAGESIZE
-        mapping = mmap.mmap(-1, pages + 2 * _GUARD_BYTES)
+        mapping = _map_sparse(pages) if sparse else mmap.mmap(-1, pages + 2 * _GUARD_BYTES)
         whole = np.frombuffer(mapping, np.uint8)
         self.begin = whole.ctypes.data
         self.end = self.begin + whole.size
-        whole[_GUARD_BYTES:-_GUARD_BYTES] = _POISON
+        if not sparse:
+            whole[_GUARD_BYTES:-_GUARD_BYTES] = _POISON
         for address in (self.begin, self.end - _GUARD_BYTES):
             assert _libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(_GUARD_BYTES), 0) == 0
         start = _GUARD_BYTES + pages - padded
@@ -213,6 +217,13 @@ class _Guarded:
         intact = (self._before == _POISON).all() and (self._after == _POISON).all()
         if not intact:
             raise KernelFault(complaint)
+
+
+def _map_sparse(size: int) -> mmap.mmap:
+    """Map a file of holes, which no limit on committed memory counts, with room for the guards."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size + 2 * _GUARD_BYTES)
+        return mmap.mmap(file.fileno(), size + 2 * _GUARD_BYTES)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

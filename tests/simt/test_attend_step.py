@@ -29,9 +29,10 @@ def step(
     other=None,
     sinks=None,
     overlay=False,
+    int8_values=None,
     seed=0,
 ):
-    """Run the kernels as a CUDA backend would, and return ``out, lse``.
+    """Run the kernels as a CUDA backend would, and return ``out, lse`` and the plan.
 
     ``overlay``: sinks and ring are read from the exact window and make up ``other``.
     """
@@ -44,7 +45,7 @@ def step(
     table = cache.tables.block_table(ids)
     reads = np.stack(list(cache.tables.reads(ids, overlay)))
     starts = np.concatenate([[0], np.cumsum(q_lens)]).astype(np.int32)
-    kernel = attend_kernel(layout, 0, max(q_lens) * group, False)
+    kernel = attend_kernel(layout, 0, max(q_lens) * group, False, int8_values=int8_values)
     macros = {**layout.kernel_macros(0), "INPUT_DTYPE": DTYPE_NUMBERS["f32"]}
     num_rows = tokens * num_q_heads
     grid = -(-num_rows * lanes_of(dim) // THREADS)
@@ -174,6 +175,37 @@ def test_queries_of_any_magnitude_are_scaled_into_the_range_of_f16(magnitude):
     want, want_lse = expected(cache, queries, ids, (1,), sm_scale)
     assert relative_error(out, want) <= BOUND
     np.testing.assert_allclose(lse, want_lse, rtol=0, atol=BOUND)
+
+
+@pytest.mark.parametrize(("units", "int8_values"), [(1, False), (12, False), (1, True)])
+def test_a_long_tail_below_one_dominant_token_does_not_underflow(units, int8_values):
+    # One token takes 99 % of the mass; the tail shares a direction that must not be lost, beside
+    # that token in a warp's sums nor, most of it in units of its own, in the merge.
+    rng = np.random.default_rng(10)
+    cache = make_cache("k4v4", 64, 64, num_pages=600)
+    seq, length = cache.open(), 32768
+    keys = np.zeros((1, length, HEADS, 64), np.float32)
+    values = 0.1 * rng.standard_normal(keys.shape).astype(np.float32)
+    values += 10 * rng.standard_normal(64).astype(np.float32)
+    keys[0, 777] = rng.standard_normal(64).astype(np.float32)
+    values[0, 777] = 10 * rng.standard_normal((HEADS, 64)).astype(np.float32)
+    cache.append(seq, keys, values)
+    query = np.repeat(keys[0, 777], 4, axis=0)[None]
+    sm_scale = float(np.log(99 * length) / (query**2).sum(-1).min())
+    out, lse, (_, _, splits) = step(
+        cache, query, [seq], (1,), sm_scale, max_units=units, int8_values=int8_values
+    )
+    assert splits[0] == units
+    want, want_lse = expected(cache, query, [seq], (1,), sm_scale)
+    assert relative_error(out, want) <= BOUND
+    np.testing.assert_allclose(lse, want_lse, rtol=0, atol=BOUND)
+    alone = cache.load(0, seq)[1][777].repeat(4, axis=0)
+
+    def tail(state):
+        share = (state[0] * alone).sum(-1) / (alone**2).sum(-1)
+        return state[0] - alone * share[:, None]
+
+    assert relative_error(tail(out), tail(want)) <= 0.02
 
 
 @pytest.mark.parametrize("seed", [0, 1])

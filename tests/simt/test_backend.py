@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from harness_device import HarnessDevice
@@ -82,6 +85,40 @@ def test_a_captured_graph_holds_the_planner_once_per_pass_over_the_layers(device
         kernels = [launch.kernel for launch in graph.launches]
         assert kernels.count("plan_splits") == 1 and kernels[0] == "plan_splits"
         assert kernels.count("attend") == 2
+
+
+def test_work_arrays_that_a_captured_graph_writes_outlive_larger_ones(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=1), device)
+    twins.append([twins.open()], [40])
+    tables, ids = twins.cuda.tables, twins.members([0], 1)
+    plan = twins.cuda.backend.plan(1, 8)
+    plan.update(tables.block_table(ids), tables.reads(ids, False))
+
+    def attend(group):
+        queries = device.upload(twins.queries(1, group))
+        out, lse = plan.attend(0, queries, 0.1)
+        with device.capture() as graph:
+            plan.attend(0, queries, 0.1, out=out, lse=lse)
+        return graph, (queries, out, lse)
+
+    graph, held = attend(4)
+    memory = [
+        weakref.ref(_memory(argument))
+        for launch in graph.launches
+        for argument in launch.arguments
+        if isinstance(argument, np.ndarray)
+    ]
+    # A graph on a device knows addresses, and keeps nothing alive.
+    del graph
+    attend(16)
+    gc.collect()
+    assert held and len(memory) > 20 and all(one() is not None for one in memory)
+
+
+def _memory(array):
+    while array.base is not None and isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def test_what_a_captured_graph_refers_to_stays_on_the_device(device):

@@ -14,9 +14,9 @@ from pagedtq.backends.dtypes import round_to, to_storage
 
 CASES = [
     ("k4v4", 128, 64),
-    ("k3v3", 96, 16),
+    ("k3v3", 96, 32),
     ("k3v3", 256, 16),
-    ("k2v2", 64, 128),
+    ("k2v2", 64, 256),
     ("k8v8", 80, 16),
     ("k5v6", 128, 64),
     ("k1v5", 64, 16),

@@ -68,11 +68,17 @@ ROWS = [
     (128, 5, 1, 4, 0, 0, "bf16"),
 ]  # fmt: skip
 
+#: Other page sizes; the pairs are those of the sizes above.
+OTHER_SIZES = [
+    (32, 5, 3, 4, 2, 1, "k4v4"), (32, 8, 1, 1, 0, 1, "exact"), (256, 8, 1, 4, 1, 0, "k3v3"),
+    (256, 4, 3, 1, 0, 1, "prod4v4"),
+]  # fmt: skip
+
 SCALE = 0.15
 
 
 @pytest.mark.parametrize(
-    ("page_size", "group", "queries", "parts", "window", "holes", "codecs"), ROWS
+    ("page_size", "group", "queries", "parts", "window", "holes", "codecs"), [*ROWS, *OTHER_SIZES]
 )
 def test_a_step_equals_float64(page_size, group, queries, parts, window, holes, codecs):
     rng = np.random.default_rng(page_size + 1000 * group)

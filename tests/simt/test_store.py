@@ -8,6 +8,7 @@ from device_layer import DeviceLayer, as_kind, cache_config
 
 from pagedtq.backends.host import HostBackend
 from pagedtq.backends.page_launches import LayerLaunches
+from pagedtq.backends.tokens import TokenBatch
 from pagedtq.config import Exact, LayerOverride, TurboQuant
 from pagedtq.errors import UnsupportedError
 from pagedtq.paging.layout import PageLayout
@@ -44,12 +45,12 @@ CASES = [
     # format, head_dim, page_size, input, kv_dtype
     ("k4v4", 128, 64, "f16", "f16"),
     ("k4v4", 64, 16, "bf16", "bf16"),
-    ("k4v4", 96, 128, "f32", "f16"),
+    ("k4v4", 96, 256, "f32", "f16"),
     ("k3v3", 128, 16, "bf16", "f16"),
     ("k3v3", 80, 64, "f32", "bf16"),
     ("k3v3", 256, 64, "f16", "f16"),
     ("k2v2", 128, 64, "f32", "f32"),
-    ("k2v2", 96, 16, "f16", "f16"),
+    ("k2v2", 96, 32, "f16", "f16"),
     ("k8v8", 256, 16, "bf16", "bf16"),
     ("k8v8", 64, 128, "f32", "f32"),
     ("k1v5", 128, 16, "f16", "f16"),
@@ -118,6 +119,29 @@ def test_pages_equal_the_hosts_byte_for_byte(form, head_dim, page_size, kind, kv
     assert_same_pages(device, host)
     untouched = host.layout.layer_view(device.pool, 0)[[0, 3, 4]]
     assert (untouched == 0xFF).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "head_dim", "kind"), [("k2v2", 128, "f32"), ("k8v8", 64, "f32"), ("k4v4", 64, "bf16")]
+)
+def test_norms_beyond_f16_saturate_and_vectors_below_1e12_have_no_codes(form, head_dim, kind):
+    # Arrays on the device come unchecked: kernels limit what the host backend would refuse.
+    host = poisoned(cache_config(*FORMATS[form], head_dim, page_size=16, kv_dtype=kind))
+    norms = np.array([1e-13, 0.9e-12, 1.1e-12, 1e-11, 3e4, 1e5, 1e6, 1e7])
+    vectors = np.random.default_rng(6).standard_normal((2, len(norms), 2, head_dim))
+    vectors *= norms[:, None, None] / np.linalg.norm(vectors, axis=-1, keepdims=True)
+    keys, values = (as_kind(part.astype(np.float32), kind) for part in vectors)
+    slots = np.arange(16, 16 + len(norms), dtype=np.int64)
+    device = DeviceLayer(host)
+    device.store(keys, values, slots, kind)
+    host.layers[0].write(TokenBatch(keys, values, kind, kind), slots)
+    assert_same_pages(device, host)
+    planes = (
+        host.layout.plane_view(device.pool, 0, name)[1] for name in ("key_norms", "key_codes")
+    )
+    stored, codes = (plane[:, : len(norms)] for plane in planes)
+    assert (stored[:, -2:] == 65504).all() and np.isfinite(stored).all()
+    assert not codes[:, :2].any() and codes[:, 2:].any(axis=-1).all()
 
 
 @pytest.mark.filterwarnings("ignore::pagedtq.codec.rotation.DenseRotationWarning")
@@ -249,11 +273,16 @@ def test_sealing_from_the_ring_equals_the_host(kv_dtype):
     assert_same_pages(device, host)
 
 
-@pytest.mark.parametrize(("form", "head_dim"), [("k4v4", 128), ("k3v3", 80), ("prod3v3", 96)])
+@pytest.mark.filterwarnings("ignore::pagedtq.codec.rotation.DenseRotationWarning")
+@pytest.mark.parametrize(
+    ("form", "head_dim"), [("k4v4", 128), ("k3v3", 80), ("prod3v3", 96), ("k4v4", 16)]
+)
 def test_key_bounds_of_full_pages_equal_the_hosts(form, head_dim):
     host = poisoned(cache_config(*FORMATS[form], head_dim, page_size=16, key_bounds=True))
     slots = np.arange(16, 48, dtype=np.int64)
     keys, values = tokens(32, 2, head_dim, "f16")
+    # Channels of one sign, so that a bound of no token at all, zero, would show.
+    keys[:, 0] = tokens(32, 1, head_dim, "f16", means=np.float32(20))[0][:, 0]
     host.store(0, keys, values, slots)
     pages = np.array([2, 1])
     device = DeviceLayer(host, seed=5)
