@@ -173,7 +173,8 @@ class SequenceRows:
 
     def _readable_rows(self, seq_ids: Integers, operation: str) -> Int64:
         """Return the rows of sequences whose pages are on the device."""
-        rows = self._rows_of(seq_ids)
+        ids = integers("seq_ids", seq_ids)
+        rows = self._batch[1] if ids.tobytes() == self._batch[0] else self._rows_of(ids)
         if self._num_away and int(self._away.take(rows).max(initial=0)) >= AWAY:
             self._refuse_away(rows[self._away[rows] >= AWAY], operation)
         return rows

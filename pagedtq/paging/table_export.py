@@ -14,6 +14,7 @@ import numpy as np
 
 from .arguments import Bools, Int32, Int64, Integers, integer, ranges
 from .page_tables import PageTables
+from .step_plan import NO_IDS
 from .table_views import PageIndices
 
 #: From this part of all on, doing all costs less than picking what is needed.
@@ -98,30 +99,33 @@ class TableExport:
         tables = self._tables
         rows = tables._readable_rows(seq_ids, "export")
         ids, lengths = tables._ids.take(rows), tables._length.take(rows)
-        blocks = -(-lengths // tables.page_size)
+        blocks = tables._num_blocks(lengths)
         size = rows.size
-        resized = self._fit(size, int(blocks.max(initial=0)))
-        last, before, first = tables._touched.take(rows, axis=1)
+        resized = self._fit(size, int(np.maximum.reduce(blocks, initial=0)))
         known, stamps, had = self._ids[:size] == ids, self._stamps[:size], self._blocks[:size]
-        touched = last > stamps
-        stale = np.flatnonzero(~known | touched | (blocks > had))
         # Appending notes nothing: it is seen by the number of blocks.
-        begin = np.where(touched, np.where(before <= stamps, np.minimum(first, had), 0), had)
-        begin = np.where(known, begin, 0)[stale]
-        # What was written behind the new end becomes 0 again, as it is in the tables' row.
-        end = np.maximum(blocks[stale], had[stale])
-        member, block = self._differing(rows[stale], stale, begin, np.maximum(begin, end))
-        at, values = stale[member], tables._table[rows[stale[member]], block]
-        held = (values > 0).astype(np.int64) - (self.buffer[at, block] > 0)
+        same = known & (tables._touched_last.take(rows) <= stamps) & (blocks <= had)
+        stale = (~same).nonzero()[0]
+        self._size, self._lengths = size, lengths
+        if self._compressed < size:
+            self._moved[self._compressed : size] = True
+        if stale.size == 0:
+            return TableUpdate(stale, stale, NO_IDS, resized)
+        begin, end = self._written(rows[stale], stale, known[stale], blocks[stale])
+        member, block = self._differing(rows[stale], stale, begin, end)
+        at = stale[member]
+        values, flat = tables._table[rows[at], block], at * self.buffer.shape[1] + block
+        buffer = self.buffer.reshape(-1)
+        held = (values > 0).astype(np.int64) - (buffer[flat] > 0)
         np.add.at(self._counts, at, held)
-        self.buffer[at, block] = values
+        buffer[flat] = values
         self._ids[stale], self._blocks[stale] = ids[stale], blocks[stale]
         self._stamps[stale] = tables._touches
         self._moved[at] = True
-        self._moved[self._compressed : size] = True
-        self._size, self._lengths = size, lengths
-        changed = stale[:0] if at.size == 0 else np.unique(at)
-        return TableUpdate(changed, at * self.buffer.shape[1] + block, values, resized)
+        # They ascend, each as often as it has entries.
+        first_entries = np.ones(at.size, np.bool_)
+        np.not_equal(at[1:], at[:-1], out=first_entries[1:])
+        return TableUpdate(at[first_entries], flat, values, resized)
 
     def csr(self) -> PageIndices:
         """Return the batch at the last update in compressed rows, as `PageTables.csr`.
@@ -158,6 +162,19 @@ class TableExport:
         self._compressed = size
         return self._csr
 
+    def _written(
+        self, rows: Int64, members: Int64, known: Bools, blocks: Int64
+    ) -> tuple[Int64, Int64]:
+        """Return blocks ``[begin, end)`` that may differ from the buffer, ``int64[n]`` each."""
+        tables = self._tables
+        stamps, had = self._stamps[members], self._blocks[members]
+        # Written since: from some block on, or more than once and then anywhere.
+        once = tables._touched_before[rows] <= stamps
+        begin = np.minimum(tables._touched_from[rows], had)
+        begin = np.where(tables._touched_last[rows] > stamps, np.where(once, begin, 0), had)
+        # What was written behind the new end becomes 0 again, as it is in the tables' row.
+        return begin * known, np.maximum(blocks, had)
+
     def _differing(
         self, rows: Int64, members: Int64, begin: Int64, end: Int64
     ) -> tuple[Int64, Int64]:
@@ -170,13 +187,16 @@ class TableExport:
         """
         table = self._tables._table
         counts = end - begin
-        total, reach = int(counts.sum()), int(end.max(initial=0))
+        total, reach = int(np.add.reduce(counts)), int(np.maximum.reduce(end))
         if total * _MANY > reach * rows.size:
             at, blocks = np.nonzero(table[rows, :reach] != self.buffer[members, :reach])
             return at, blocks
         # Tails only, as in decoding.
-        at = np.repeat(np.arange(rows.size), counts)
-        blocks = begin[at] + ranges(counts)
+        if total == rows.size and np.count_nonzero(counts) == total:
+            at, blocks = np.arange(total), begin
+        else:
+            at = np.repeat(np.arange(rows.size), counts)
+            blocks = begin[at] + ranges(counts)
         differing = table[rows[at], blocks] != self.buffer[members[at], blocks]
         return at[differing], blocks[differing]
 
