@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.gpu.page_differences import compare_pages
 from pagedtq.backends.cuda import CudaBackend
 from pagedtq.backends.host import HostBackend
 from pagedtq.paging.layout import PageLayout
@@ -49,13 +48,7 @@ def run_far_pages(device, form: str, order: str, pool_bytes: int) -> None:
         each.copy_pages(pages[:2], pages[3:])
         states.append(found)
         slabs.append(each.gather(pages))
-    small = PageLayout(make_config(form, 128, 64, num_pages=5, **fields))
-    pools = [np.asarray(part).reshape(-1) for part in (cuda.to_host(slabs[1]), slabs[0])]
-    if not np.array_equal(*pools) and order == "page_major":
-        found = compare_pages(small, *pools)
-        assert found.within_bounds, found
-    else:
-        assert np.array_equal(*pools)
+    assert np.array_equal(cuda.to_host(slabs[1]), slabs[0])
     for want, got in zip(*states):
         for ours, theirs in zip(map(cuda.to_host, got), want):
             error = np.linalg.norm(ours - theirs, axis=-1)
