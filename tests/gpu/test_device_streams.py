@@ -41,7 +41,7 @@ def test_two_caches_on_two_streams_do_not_meet(device):
 def test_long_work_enqueued_on_two_streams_does_not_meet(device):
     """Fifty replays of long attention per stream wait in line before anything is fetched."""
     config = make_config("k4v4", 128, 64, window=64, num_pages=300, num_layers=1)
-    runs = []
+    runs, held = [], []
     for seed in (1, 2):
         twins = Twins(config, device, seed=seed)
         members = [twins.open(), twins.open()]
@@ -60,6 +60,8 @@ def test_long_work_enqueued_on_two_streams_does_not_meet(device):
         stream = device.xp.cuda.Stream(non_blocking=True)
         sums = device.zeros((2, 8, 128), np.float32)
         runs.append((twins, stream, graph, out, lse, sums, want))
+        # A graph keeps none of these alive.
+        held.append((plan, queries))
     device.synchronize()
     for _ in range(50):
         for _, stream, graph, out, _, sums, _ in runs:
