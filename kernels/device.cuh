@@ -199,7 +199,8 @@ DEVICE void fence_device() { __threadfence(); }
 
 // ---- arithmetic --------------------------------------------------------------------------------
 
-// IEEE single operations, rounded to nearest even, denormals kept, never fused.
+// IEEE single operations, rounded to nearest even, never fused. Subnormals are kept as long as no
+// compiler option flushes them; those of kernel_source.py do not.
 DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float sub_rn(float a, float b) { return __fsub_rn(a, b); }
 DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,12 +27,17 @@ from benchmarks.gpu import (
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.device_timing import CudaMeter, TrialMeter
 from benchmarks.gpu.figures import (
+    FAILED,
+    NOT_SHOWN,
+    PASSED,
+    SHOWING,
     Times,
     crossover,
     file_name,
     ratios,
     suite_counts,
     time_columns,
+    unshown,
     verdict,
 )
 from benchmarks.gpu.listing_device import ListingDevice
@@ -169,9 +175,11 @@ def test_the_listing_names_the_kernels_of_the_full_run(monkeypatch):
         *("plain_decode", "merge_units", "prmt_rate", "imma_rate"),
     }
     attend = [launch.macros for launch in launches if launch.kernel == "attend"]
-    assert {macros["HEAD_DIM"] for macros in attend} == {64, 128}
-    # Formats at d 128 and 64, small pages, both group sizes in one.
-    assert len(attend) >= 10
+    # Formats at d 128 and 64, small pages, both group sizes in one; then the suite's, at every
+    # dimension: what is measured compiles first.
+    assert {macros["HEAD_DIM"] for macros in attend[:10]} == {64, 128}
+    assert {macros["HEAD_DIM"] for macros in attend} >= {20, 64, 80, 96, 128, 160, 256, 512}
+    assert len(attend) >= 60
 
 
 def test_the_meter_times_one_operation_of_many():
@@ -285,8 +293,47 @@ def test_processes_report_passes_failures_and_what_did_not_run():
     assert slow["state"] == "out of time"
     none = skipped("memcheck", "compute-sanitizer is not installed")
     assert none["state"] == "not run: compute-sanitizer is not installed"
-    assert verdict([passed, none, slow]) == 0 and verdict([passed, failed]) == 1
     assert suite_counts("...\n1 failed, 4 passed in 3s\n") == {"failed": 1, "passed": 4}
+
+
+def stage_of(name, state="passed"):
+    return {"stage": name, "state": state}
+
+
+def test_a_run_that_did_not_show_correctness_is_no_success():
+    shown = [stage_of(name) for name in SHOWING]
+    assert verdict([stage_of("attend", "out of time"), *shown]) == PASSED
+    assert verdict([stage_of("attend", "failed"), *shown]) == FAILED
+    for name in SHOWING:
+        others = [stage for stage in shown if stage["stage"] != name]
+        for state in ("out of time", "not run: compute-sanitizer is not installed"):
+            stages = [*others, stage_of(name, state)]
+            assert verdict(stages) == NOT_SHOWN
+            assert unshown(stages) == [f"{name}: {state}"]
+            assert verdict([*stages, stage_of("step", "failed")]) == FAILED
+    # What was not asked for is not held against the rest; the command says that it is missing.
+    assert verdict([stage_of("attend")]) == PASSED
+    assert len({PASSED, FAILED, NOT_SHOWN, command.NO_DEVICE}) == 4
+
+
+def test_a_comparison_that_was_left_out_shows_nothing():
+    for stage, state in (("correctness", "out of time"), ("attend", "passed")):
+        bench = Bench(stage, ListingDevice(), TrialMeter(), 0.0, "tiny")
+        bench.attempt({}, lambda: 1)
+        bench.finish()
+        assert bench.state == state
+
+
+def test_what_a_stage_says_of_itself_counts_where_its_process_ended_well(tmp_path, monkeypatch):
+    def run(name, line, seconds, extra=None):
+        path = Path(line[line.index("--json") + 1])
+        path.write_text(json.dumps({"state": "out of time", "rows": []}))
+        return {**skipped(name, ""), "state": "passed"}
+
+    monkeypatch.setattr(command, "run_stage", run)
+    options = command.parse([])
+    stage, _ = command.run_one("correctness", 10.0, options, tmp_path)
+    assert stage["state"] == "out of time"
 
 
 def test_what_a_stage_started_ends_with_it():
@@ -309,7 +356,9 @@ def is_alive(process):
 def test_the_sanitizer_runs_the_small_part_of_the_suite():
     line = sanitizer_command("racecheck", "/opt/compute-sanitizer")
     assert line[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
-    assert "tests/gpu" in line and "-k" in line
+    assert all((processes.ROOT / name).exists() for name in processes.SMALL_FILES)
+    assert line[-len(("-q", "-p", "x", "-x", "-k", "x")) - 2 :][:2] == list(processes.SMALL_FILES)
+    assert line[-1] == processes.SMALL and "a_little" in line[-1]
     assert pytest_command()[:3] == [sys.executable, "-m", "pytest"]
 
 
@@ -345,11 +394,13 @@ def test_the_command_runs_stages_as_processes_and_keeps_what_a_hanging_one_found
         if name == "attend":
             path = line[line.index("--json") + 1]
             return processes.run_stage(name, [sys.executable, "-c", fake_stage(path, 60)], 3.0)
+        if "--json" in line:
+            Path(line[line.index("--json") + 1]).write_text('{"state": "passed"}')
         return {**skipped(name, "not here"), "state": "passed"}
 
     monkeypatch.setattr(command, "run_stage", run)
     result = tmp_path / "result.json"
-    assert command.main(["--json", str(result), "--peers", str(tmp_path)]) == 0
+    assert command.main(["--json", str(result), "--peers", str(tmp_path)]) == NOT_SHOWN
     names = [name for name, *_ in lines]
     assert names == [name for name in command.STAGES if name not in ("memcheck", "racecheck")]
     assert sum(seconds for *_, seconds in lines) > 60
@@ -361,7 +412,9 @@ def test_the_command_runs_stages_as_processes_and_keeps_what_a_hanging_one_found
     states = {stage["stage"]: stage["state"] for stage in known["stages"]}
     assert states["attend"] == "out of time"
     assert states["memcheck"] == "not run: compute-sanitizer is not installed"
-    assert "gpu" in known["name"] and "attend: out of time" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "gpu" in known["name"] and "attend: out of time" in captured.out
+    assert "correctness not shown by memcheck: not run: compute-sanitizer" in captured.err
 
 
 def test_only_the_stages_asked_for_run_and_others_are_refused_by_name(capsys):

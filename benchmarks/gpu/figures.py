@@ -78,6 +78,28 @@ def suite_counts(output: str) -> dict[str, int]:
     return {word: int(count) for count, word in words}
 
 
+#: Stages that show that results are right. A run in which one did not pass has not shown it.
+SHOWING = ("correctness", "suite", "memcheck", "racecheck")
+
+#: Exit codes of a run: all is well, something failed, nothing failed but correctness was not shown.
+PASSED, FAILED, NOT_SHOWN = 0, 1, 4
+
+
 def verdict(stages: Sequence[Mapping[str, Any]]) -> int:
-    """Return the exit code: 0 if every stage that ran passed, 1 otherwise."""
-    return int(any(stage["state"] == "failed" for stage in stages))
+    """Return the exit code of a run, from the stages that were asked for.
+
+    A stage of `SHOWING` that ran out of time, or did not run, shows nothing: that is no success.
+    """
+    states = {stage["stage"]: stage["state"] for stage in stages}
+    if "failed" in states.values():
+        return FAILED
+    return PASSED if not unshown(stages) else NOT_SHOWN
+
+
+def unshown(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what was asked for to show correctness and did not, with the reason."""
+    return [
+        f"{stage['stage']}: {stage['state']}"
+        for stage in stages
+        if stage["stage"] in SHOWING and stage["state"] != "passed"
+    ]

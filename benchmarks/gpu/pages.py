@@ -148,8 +148,9 @@ TABLES: tuple[tuple[str, str, tuple[str, ...], Callable[[Row], bool]], ...] = (
         "correctness",
         "Against the host, on the same tokens",
         (
-            *("operation", "format", "group", "d", "page", "window", "bytes different"),
-            *("attend error", "lse error", "score error", "load error", "ok"),
+            *("operation", "format", "group", "d", "page", "window", "codes", "codes different"),
+            *("norms different", "bytes different", "attend error", "lse error", "score error"),
+            *("load error", "ok"),
         ),
         lambda row: True,
     ),

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentTypeError, BackendUnavailable, KernelCompileError, StepError
+from ..errors import ArgumentTypeError, BackendUnavailable, StepError
 from . import kernel_source
 from .device import Adopted, DeviceArray, Graph, Shape
+from .kernel_cache import load_image
 from .page_launches import BLOCK, Launch
 
 Array = npt.NDArray[Any]
@@ -217,18 +218,12 @@ class CupyDevice:
         return kernel
 
     def _build(self, launch: Launch) -> Any:
+        # The compiler is called here and not through CuPy, which adds options of its own: what runs
+        # is the machine code that is checked without a device.
         special = kernel_source.specialise(launch.file, launch.macros)
-        folder = kernel_source.kernel_folder()
-        module = self.xp.RawModule(
-            code=(folder / special.file).read_text(encoding="utf-8"),
-            options=kernel_source.compile_options(special),
-        )
-        try:
-            return module.get_function(launch.kernel)
-        except self.xp.cuda.compiler.CompileException as error:
-            raise KernelCompileError(
-                f"{special} does not compile for {self.name}: {error}"
-            ) from error
+        module = self.xp.cuda.Module()
+        module.load(load_image(special, kernel_source.pick_architecture(self.arch)))
+        return module.get_function(launch.kernel)
 
     def _refuse_other_device(self, name: str, index: int) -> None:
         if index != self._device.id:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import BackendUnavailable, KernelCompileError
 
@@ -38,9 +38,10 @@ def kernel_folder() -> Path:
     )
 
 
-def read_kernels() -> dict[str, str]:
-    """Return the sources by file name, in name order."""
-    paths = sorted(path for path in kernel_folder().iterdir() if path.suffix in _SUFFIXES)
+def read_kernels(folder: Path | None = None) -> dict[str, str]:
+    """Return the sources of a folder, `kernel_folder` by default, by file name in name order."""
+    places = (folder or kernel_folder()).iterdir()
+    paths = sorted(path for path in places if path.suffix in _SUFFIXES)
     return {path.name: path.read_text(encoding="utf-8") for path in paths}
 
 
@@ -68,6 +69,11 @@ def source_digest() -> str:
     notice that an included header changed.
     """
     return digest_sources(read_kernels())
+
+
+@cache
+def _digest_of(folder: Path) -> str:
+    return digest_sources(read_kernels(folder))
 
 
 class Specialisation(NamedTuple):
@@ -100,6 +106,79 @@ def compile_options(special: Specialisation) -> tuple[str, ...]:
     )
 
 
+def all_options(special: Specialisation, arch: int) -> tuple[str, ...]:
+    """Return every NVRTC option of a specialisation: what devices run and what the gate checks.
+
+    Subnormal numbers are kept and divisions are exact, which NVRTC does where no option says
+    otherwise: pages are equal to the host's because of it.
+    """
+    return (f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v", *compile_options(special))
+
+
+def folder_digest(special: Specialisation) -> str:
+    """Return the digest of the sources beside a specialisation's file.
+
+    Together with `source_digest`, which `compile_options` holds, it names every text that the
+    compiler reads.
+    """
+    return _digest_of((kernel_folder() / special.file).parent)
+
+
+def _nvrtc() -> Any:
+    try:
+        from cupy.cuda import nvrtc
+    except ImportError as error:
+        raise BackendUnavailable(f"compiling kernels needs CuPy and NVRTC: {error}") from error
+    return nvrtc
+
+
+@cache
+def compiler_build() -> str:
+    """Return NVRTC's version and build, which it writes above the PTX of an empty program.
+
+    Raises
+    ------
+    BackendUnavailable
+        Without CuPy or NVRTC.
+    """
+    nvrtc = _nvrtc()
+    program = nvrtc.createProgram("", "", (), ())
+    try:
+        nvrtc.compileProgram(program, ())
+        lines = nvrtc.getPTX(program).decode(errors="replace").splitlines()
+    finally:
+        nvrtc.destroyProgram(program)
+    return "\n".join(line for line in lines if line.startswith("//"))
+
+
+def pick_architecture(arch: int) -> int:
+    """Return the architecture to compile for so that a device can run it.
+
+    The device's own where NVRTC knows it, else the newest before it of the same generation: machine
+    code runs on later members of its generation.
+
+    Parameters
+    ----------
+    arch : int
+        The device's compute capability without the dot.
+
+    Raises
+    ------
+    BackendUnavailable
+        If NVRTC is older than the device's generation, or without it.
+    """
+    nvrtc = _nvrtc()
+    known: tuple[int, ...] = nvrtc.getSupportedArchs()
+    fitting = [one for one in known if one // 10 == arch // 10 and one <= arch]
+    if not fitting:
+        version = ".".join(map(str, nvrtc.getVersion()))
+        raise BackendUnavailable(
+            f"NVRTC {version} compiles for {', '.join(f'sm_{one}' for one in known)}; this device "
+            f"is sm_{arch}: install a CuPy with another NVRTC"
+        )
+    return max(fitting)
+
+
 class Cubin(NamedTuple):
     """A compiled specialisation.
 
@@ -118,7 +197,6 @@ class Cubin(NamedTuple):
     spill_bytes: int
 
 
-@cache
 def compile_cubin(special: Specialisation, arch: int) -> Cubin:
     """Compile a specialisation for an architecture; needs CuPy and NVRTC, no device.
 
@@ -136,18 +214,14 @@ def compile_cubin(special: Specialisation, arch: int) -> Cubin:
     KernelCompileError
         With the compiler's log.
     """
-    try:
-        from cupy.cuda import nvrtc
-    except ImportError as error:
-        raise BackendUnavailable(f"compiling kernels needs CuPy and NVRTC: {error}") from error
+    nvrtc = _nvrtc()
     path = kernel_folder() / special.file
     source = path.read_text(encoding="utf-8")
-    options = (f"--gpu-architecture=sm_{arch}", "--ptxas-options=-v", *compile_options(special))
     # The compiler looks for included files beside the named one first, then in the folder given.
     program = nvrtc.createProgram(source, str(path), (), ())
     try:
         try:
-            nvrtc.compileProgram(program, options)
+            nvrtc.compileProgram(program, all_options(special, arch))
         except nvrtc.NVRTCError as error:
             log = nvrtc.getProgramLog(program)
             raise KernelCompileError(

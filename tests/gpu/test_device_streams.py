@@ -83,6 +83,77 @@ def test_pages_freed_behind_a_kernel_in_flight_come_back_when_it_has_run(device)
     assert pool.num_free == 0
 
 
+def test_long_work_enqueued_on_two_streams_does_not_meet(device):
+    """Fifty replays of long attention per stream wait in line before anything is fetched."""
+    config = make_config("k4v4", 128, 64, window=64, num_pages=300, num_layers=1)
+    runs, held = [], []
+    for seed in (1, 2):
+        twins = Twins(config, device, seed=seed)
+        members = [twins.open(), twins.open()]
+        twins.append(members, (9000, 8200))
+        ids, tables = twins.members(members, 1), twins.cuda.tables
+        plan = twins.cuda.backend.plan(2, max_blocks=160)
+        window = tables.window_slots(ids), tables.sink_records(ids)
+        plan.update(tables.block_table(ids), tables.reads(ids, True), window=window)
+        asked = twins.queries(2, 4)
+        queries = device.upload(asked)
+        out, lse = device.zeros((2, 8, 128), np.float32), device.zeros((2, 8), np.float32)
+        plan.attend(0, queries, 0.1, out=out, lse=lse)
+        with device.capture() as graph:
+            plan.attend(0, queries, 0.1, out=out, lse=lse)
+        want = twins.host.attend(0, asked, twins.members(members, 0), sm_scale=0.1)
+        stream = device.xp.cuda.Stream(non_blocking=True)
+        sums = device.zeros((2, 8, 128), np.float32)
+        runs.append((twins, stream, graph, out, lse, sums, want))
+        # A graph keeps none of these alive.
+        held.append((plan, queries))
+    device.synchronize()
+    for _ in range(50):
+        for _, stream, graph, out, _, sums, _ in runs:
+            with stream:
+                out.fill(0)
+                graph.launch()
+                # Every replay counts, not only the last one.
+                device.xp.add(sums, out, out=sums)
+    for twins, stream, _, out, lse, sums, want in runs:
+        with stream:
+            got = [twins.fetch(array) for array in (out, lse, sums)]
+        twins.check_state(got[0], got[1], *want)
+        twins.check_state(got[2] / 50, got[1], *want)
+
+
+def test_a_graph_replays_after_its_plan_grew_and_freed_memory_was_written(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=16, num_layers=1), device)
+    members = [twins.open(), twins.open()]
+    twins.append(members, (200, 33))
+    ids, tables = twins.members(members, 1), twins.cuda.tables
+    plan = twins.cuda.backend.plan(2, max_blocks=16)
+    asked = twins.queries(2, 1)
+    queries = device.upload(asked)
+    out, lse = device.zeros((2, 2, 64), np.float32), device.zeros((2, 2), np.float32)
+    window = tables.window_slots(ids), tables.sink_records(ids)
+    plan.update(tables.block_table(ids), tables.reads(ids, True), window=window)
+    plan.attend(0, queries, 0.1, out=out, lse=lse)
+    with device.capture() as graph:
+        plan.attend(0, queries, 0.1, out=out, lse=lse)
+    # More query heads than the captured call had: work arrays that are too small now.
+    plan.attend(0, twins.queries(2, 16), 0.1)
+    device.synchronize()
+    # Whatever was given back is handed out again, and filled with NaN.
+    taken = [device.empty((size,), np.uint8) for size in _sizes() for _ in range(8)]
+    for array in taken:
+        array.fill(0xFF)
+    out.fill(0)
+    graph.launch()
+    want = twins.host.attend(0, asked, twins.members(members, 0), sm_scale=0.1)
+    twins.check_state(twins.fetch(out), twins.fetch(lse), *want)
+
+
+def _sizes():
+    """Sizes of small allocations, to the pool's unit, and some large ones."""
+    return [*range(512, 64 * 512, 512), *(1 << shift for shift in range(15, 24))]
+
+
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32"])
 def test_torch_tensors_come_in_and_go_out_without_copies(device, kind):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")

@@ -531,3 +531,37 @@ def test_a_shadowed_cache_compares_on_the_host(device):
         ours, theirs = (getattr(report, metric) for report in reports)
         assert ours.count == theirs.count > 0
         assert abs(ours.mean - theirs.mean) <= 0.05 * theirs.mean + 1e-4
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+def test_numbers_too_small_to_be_normal_decide_codes_as_on_the_host(device, kind):
+    """Half of the rotated elements are sums of subnormals alone: their signs are codes."""
+    config = make_config("k3v4", 64, 16, window=0, num_layers=1, kv_dtype=kind)
+    twins = Twins(config, device)
+    count = 40
+    drawn = 1e-40 * twins.rng.standard_normal((2, 1, count, HEADS, 64))
+    for vector in drawn.reshape(-1, 64):
+        # Equal magnitudes cancel in every second row of a transform.
+        vector[twins.rng.choice(64, 2, replace=False)] = twins.rng.choice([-1.0, 1.0], 2)
+    keys, values = drawn.astype(np.float32)
+    if kind == "bf16":
+        keys, values = ((part.view(np.uint32) >> 16).astype(np.uint16) for part in (keys, values))
+    index = twins.open()
+    for cache, i in twins.both:
+        cache.append(twins.ids[index][i], keys, values, dtype=kind)
+    twins.check_pages(exact=True)
+    if not twins.runs:
+        return
+    # Flushed to zero, they would give other codes in the same pages.
+    flushed = [np.where(_magnitude(part) < 1e-30, 0, part).astype(part.dtype)
+               for part in (keys, values)]  # fmt: skip
+    for tokens, changed in (((keys, values), 0.0), (flushed, 0.001)):
+        other = PagedKVCache(config, "host", debug=True)
+        other.append(other.open(), *tokens, dtype=kind)
+        share = float((other.backend.pool != twins.host.backend.pool).mean())
+        assert share >= changed and (share > 0) is (changed > 0)
+
+
+def _magnitude(part):
+    wide = part.astype(np.uint32) << 16 if part.dtype == np.uint16 else part.view(np.uint32)
+    return np.abs(wide.view(np.float32))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import numpy as np
 
+from benchmarks.gpu.listing_device import ListingDevice
+from benchmarks.gpu.page_differences import compare_pages
 from pagedtq import CacheConfig, PagedKVCache
 from pagedtq.backends.cuda import CudaBackend
+from pagedtq.codec import DenseRotationWarning
 from pagedtq.config import Exact
 
 #: Relative error of outputs (L2 per query) and absolute error of lse.
@@ -17,7 +21,9 @@ BOUND = 2e-3
 class Twins:
     """Two caches of one configuration that get the same calls.
 
-    ``exact`` demands equal pages to the byte; a device may round one code in 1e5 the other way.
+    Pages are equal to the byte: the harness must show that, and `check_pages` may demand it of a
+    device, which else has the little room that `compare_pages` knows. On a device that runs nothing
+    the calls are made and nothing is compared; then both caches are of that kind.
     """
 
     def __init__(
@@ -25,9 +31,16 @@ class Twins:
     ) -> None:
         factory = partial(CudaBackend, device=device, **(backend or {}))
         common = {"key_means": key_means, "debug": True, **options}
+        self.runs = not isinstance(device, ListingDevice)
         self.config, self.device = config, device
-        self.host = PagedKVCache(config, "host", num_threads=1, **common)
-        self.cuda = PagedKVCache(config, factory, **common)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DenseRotationWarning)
+            if self.runs:
+                self.host = PagedKVCache(config, "host", num_threads=1, **common)
+            else:
+                nothing = partial(CudaBackend, device=ListingDevice())
+                self.host = PagedKVCache(config, nothing, **common)
+            self.cuda = PagedKVCache(config, factory, **common)
         self.exact = getattr(device, "seed", None) is not None
         self.ids: list[tuple[int, int]] = []
         self.rng = np.random.default_rng(seed)
@@ -68,30 +81,26 @@ class Twins:
 
     # -- comparisons -------------------------------------------------------------------------
 
-    def check_pages(self) -> None:
-        """Compare every byte of the pools, and of the exact windows."""
+    def check_pages(self, exact: bool = False) -> None:
+        """Compare every byte of the pools, and of the exact windows.
+
+        ``exact``: a device, too, must show equal bytes.
+        """
+        if not self.runs:
+            return
         layout = self.host.backend.layout
         ours, theirs = self.fetch(self.cuda.backend.pool), self.host.backend.pool
         if not np.array_equal(ours, theirs):
-            for layer, extent in enumerate(layout.extents):
-                for name in extent.planes:
-                    views = (layout.plane_view(pool, layer, name) for pool in (ours, theirs))
-                    self._check_plane(f"layer {layer} {name}", *views)
+            found = compare_pages(layout, ours, theirs)
+            assert found.within_bounds, found
+            bytes_ = int((ours != theirs).sum())
+            assert not (exact or self.exact), f"{bytes_} bytes differ: {found}"
         for layer in range(self.config.num_layers):
             if self.config.has_overlay(layer):
                 for name in ("ring", "sink"):
                     rows = getattr(self.host.backend.window(layer), name)
                     got = self.fetch(getattr(self.cuda.backend.window(layer), name))
                     assert np.array_equal(got.view(np.uint8), rows.view(np.uint8)), name
-
-    def _check_plane(self, where: str, got: np.ndarray, want: np.ndarray) -> None:
-        different = int((got.view(np.uint8) != want.view(np.uint8)).sum())
-        assert not (self.exact and different), f"{where}: {different} bytes differ"
-        if where.endswith(("_norms", "_bounds")):
-            steps = np.abs(got.view(np.int16).astype(int) - want.view(np.int16))
-            assert steps.max() <= 1 and (steps > 0).sum() <= max(1, 1e-3 * steps.size), where
-        else:
-            assert different <= max(1, 1e-5 * got.size), f"{where}: {different} bytes differ"
 
     def check_attend(self, layer, indices, group, q_lens=None, chunk=False, **options) -> None:
         tokens = len(indices) if q_lens is None else sum(q_lens)
@@ -103,9 +112,10 @@ class Twins:
         )
         self.check_state(self.fetch(out), self.fetch(lse), want, want_lse)
 
-    @staticmethod
-    def check_state(out, lse, want, want_lse) -> None:
+    def check_state(self, out, lse, want, want_lse) -> None:
         """Compare each head, and each half of each head, with the size of the whole."""
+        if not self.runs:
+            return
         assert out.shape == want.shape and lse.shape == want_lse.shape
         half = out.shape[-1] // 2
         size = np.linalg.norm(want, axis=-1)
@@ -119,13 +129,15 @@ class Twins:
         want, got = (
             cache.score(layer, queries, self.members(indices, i)) for cache, i in self.both
         )
+        stats, reference = self.cuda.page_stats(got), self.host.page_stats(want)
+        if not self.runs:
+            return
         assert np.array_equal(got.indptr, want.indptr)
         assert np.array_equal(got.positions, want.positions)
         values = self.fetch(got.values)
         size = np.linalg.norm(queries, axis=-1).max() * np.sqrt(2 * self.config.head_dim)
         assert values.shape == want.values.shape
         assert (np.abs(values - want.values) <= BOUND * size).all()
-        stats, reference = self.cuda.page_stats(got), self.host.page_stats(want)
         assert np.array_equal(stats.blocks, reference.blocks)
         assert np.array_equal(stats.indptr, reference.indptr)
         assert (np.abs(stats.maximum - reference.maximum) <= BOUND * size).all()
@@ -135,6 +147,8 @@ class Twins:
         (want_k, want_v, want_p), (keys, values, positions) = (
             cache.load(layer, self.ids[index][i]) for cache, i in self.both
         )
+        if not self.runs:
+            return
         assert np.array_equal(positions, want_p)
         for got, want in ((self.fetch(keys), want_k), (self.fetch(values), want_v)):
             size = np.linalg.norm(want, axis=-1)
