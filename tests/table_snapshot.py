@@ -25,7 +25,8 @@ def snapshot(tables: PageTables) -> dict[str, object]:
         "step": id(tables._step),
         "swaps": list(tables._swaps),
         "rows": rows.tobytes(),
-        "next row": tables._free_rows[-1:],
+        # Of those that are there, or of those that will be.
+        "next row": tables._free_rows[-1] if tables._free_rows else tables._ids.size,
         "fields": tables._fields[:, rows].tobytes(),
         "slots": tables._slot[rows].tobytes(),
         "table": tables._table[rows, :width].tobytes(),

@@ -320,6 +320,7 @@ class BlockManager(ManagerViews):
             raise StepError(
                 f"request {name}: allocate_slots must wait: a step is open, commit or abort it"
             )
+        lookups = tables.prefix_queries, tables.prefix_hits
         try:
             keys = request.block_hashes[: len(pages)]
             seq_id = self._open_on(keys, pages, request.num_tokens)
@@ -331,6 +332,7 @@ class BlockManager(ManagerViews):
             taken = self._lengthen(seq_id, target, reserved)
         except BaseException:
             self._close(seq_id)
+            tables.prefix_queries, tables.prefix_hits = lookups
             raise
         holding = self._holdings[name] = Holding(request, seq_id, len(pages))
         self._publish(holding, due)

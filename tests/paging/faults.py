@@ -1,10 +1,10 @@
-"""Allocations that fail when it is their turn, and the state that a failed call must leave."""
+"""Allocations that fail when it is their turn."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pagedtq.paging import PageTables, sequence_rows
+from pagedtq.paging import sequence_rows
 from pagedtq.paging.page_pool import CountedPool
 
 
@@ -50,33 +50,3 @@ class Faults:
 
     def arm(self, number: int | None, repeats: bool = False) -> None:
         self.count, self.fails_at, self.repeats = 0, number, repeats
-
-
-def logical(tables: PageTables) -> list[object]:
-    """All state that means something; arrays may have grown."""
-    rows = np.flatnonzero(tables._ids >= 0)
-    windows, host, prefix = tables.windows, tables.host, tables.prefix
-    pools = (tables.pool, windows, windows._records, host, host.rings)
-    state: list[object] = [
-        rows.tolist(),
-        tables._fields[:, rows].tolist(),
-        tables._slot[rows].tolist(),
-        [np.trim_zeros(tables._table[row], "b").tolist() for row in rows],
-        windows.sink_record.tolist(),
-        windows.resting_pages.tolist(),
-        [part.tolist() for part in tables._twins.pairs()],
-        sorted(tables._swapped),
-        len(tables._swaps),
-        tables._num_away,
-        tables._step is None,
-        # The next row, of those that are there or of those that will be.
-        tables._free_rows[-1] if tables._free_rows else tables._ids.size,
-    ]
-    for pool in pools:
-        state += [pool.ref_counts.tolist(), pool.free_ids().tolist(), pool.parked_ids().tolist()]
-        state.append(pool.num_shared)
-    if prefix is not None:
-        state += [prefix.key_of(page) for page in range(tables.pool.num_pages)]
-        state.append([prefix.pages_of(key) for key in sorted(prefix._first)])
-    state.append([list(tables._chains[row].keys) for row in sorted(tables._chains)])
-    return state

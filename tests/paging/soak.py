@@ -22,7 +22,8 @@ import numpy as np
 from pagedtq.errors import CapacityError
 from pagedtq.paging import KeepFirstLast, PageTables, SharingOptions, eviction
 from pagedtq.serving import BlockRemoved, BlockStored, EventLog
-from tests.paging.faults import Fault, Faults, logical
+from tests.paging.faults import Fault, Faults
+from tests.table_snapshot import logical
 
 SIZE = 4
 #: Prompts of one family begin alike.
@@ -328,7 +329,9 @@ class Soak:
     def digest(self) -> str:
         """Name what all operations led to: books, bytes, model, events, and counts."""
         values = {seq_id: member.values for seq_id, member in self.members.items()}
-        books = repr((logical(self.tables), list(self.done.items()), values)).encode()
+        books = repr(
+            (logical(self.tables, elsewhere=True), list(self.done.items()), values)
+        ).encode()
         events = msgspec.msgpack.encode(self.log.take())
         return sha256(
             b"".join((books, events, self.pages.tobytes(), self.host.tobytes()))

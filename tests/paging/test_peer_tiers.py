@@ -6,7 +6,7 @@ import pytest
 
 from pagedtq.errors import OutOfHostPages, OutOfPages
 from pagedtq.paging import PageTables, SharingOptions
-from tests.paging.faults import logical
+from tests.table_snapshot import logical
 
 SIZE, NUM_PAGES = 4, 16
 

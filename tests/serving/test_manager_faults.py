@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 
 from pagedtq.serving import Blocks
-from tests.paging.faults import Fault, Faults, logical
+from tests.paging.faults import Fault, Faults
 from tests.serving.served import COMMON, SIZE, admit, manager_of, request_of
+from tests.table_snapshot import logical
 
 
-def state(manager):
+def state(manager, **options):
     holdings = {
         name: (manager.get_block_ids(name), holding.num_published)
         for name, holding in manager._holdings.items()
     }
     events = None if manager._log is None else list(manager._log._events)
-    return logical(manager.tables), holdings, events
+    tables = logical(manager.tables, **options)
+    # A sequence that was opened and closed again leaves its count behind, for plans and exports.
+    del tables["version"], tables["touched"]
+    return tables, holdings, events
 
 
 class World:
@@ -80,7 +84,7 @@ def test_a_fault_at_any_allocation_of_a_request_changes_nothing_and_it_can_be_re
             assert state(world.manager) == before
             world.manager.tables.check_integrity()
             assert operation(world) == expected
-            assert state(world.manager) == state(whole.manager)
+            assert state(world.manager, elsewhere=True) == state(whole.manager, elsewhere=True)
             continue
         break
     assert number > 1, "no allocation was made: the test proves nothing"
