@@ -7,12 +7,12 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import initialize, precondition, rule, run_state_machine_as_test
 from naming_model import NamingCache
 from swap_rules import INDEX
 from test_sharing_machine import machine_for
 
-EXTRAS = st.sampled_from([{}, {0: b"x"}, {1: b"x"}, {1: b"y", 3: b"x"}])
+EXTRAS = st.sampled_from([{3: b"x"}, {0: b"x"}, {1: b"y", 3: b"x"}, {}])
 
 
 def naming_machine(page_size, window, num_sinks, totals):
@@ -25,6 +25,15 @@ def naming_machine(page_size, window, num_sinks, totals):
             self.cache = NamingCache(
                 page_size, 28, window, num_sinks, slots, num_host_pages=24, verify_tokens=True
             )
+
+        @initialize(twins=st.booleans())
+        def begin_with_names(self, twins):
+            # The second one finds what the first one wrote.
+            prompt = [at % 3 for at in range(3 * page_size + 1)]
+            for on_pages in (False, True) if twins else ():
+                seq_id = self.cache.open_named(prompt, 9, on_pages)
+                left = len(prompt) - len(self.cache.model[seq_id].tokens)
+                self.cache.append({seq_id: left})
 
         def named(self):
             cache = self.cache
@@ -54,6 +63,8 @@ def naming_machine(page_size, window, num_sinks, totals):
         def open_with_extras(self, length, extras):
             seq_id = self.cache.open_with([at % 3 for at in range(length)], b"", extras)
             self.cache.append({seq_id: length - len(self.cache.model[seq_id].tokens)})
+            # Behind the prompt too a block has its extra key.
+            self.cache.append({seq_id: page_size})
 
         @precondition(lambda self: self.named())
         @rule(index=INDEX, count=st.integers(0, 3))
