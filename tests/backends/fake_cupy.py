@@ -87,30 +87,66 @@ class Event:
         pass
 
 
-class CompileException(Exception):
-    """What CuPy raises with the compiler's log."""
+class NVRTCError(Exception):
+    """What the compiler's binding raises."""
 
 
-class RawModule:
-    """Compiles nothing; ``broken`` files fail as a compiler would."""
+class Program(SimpleNamespace):
+    """A source that was handed to the compiler."""
 
-    built: ClassVar[list] = []
+
+class Compiler:
+    """Compiles nothing; ``broken`` files fail. Machine code is the name of its program."""
+
+    NVRTCError = NVRTCError
+    compiled: ClassVar[list[Program]] = []
+    open: ClassVar[list[Program]] = []
     broken = ""
+
+    @staticmethod
+    def createProgram(source, name, headers, includes):
+        Compiler.open.append(Program(name=name, options=None))
+        return Compiler.open[-1]
+
+    @staticmethod
+    def compileProgram(program, options):
+        program.options = options
+        Compiler.compiled.append(program)
+        if Compiler.broken and Compiler.broken in program.name:
+            raise NVRTCError("NVRTC_ERROR_COMPILATION")
+
+    @staticmethod
+    def getProgramLog(program):
+        return "kernel.cu(3): error: expected a ';'"
+
+    @staticmethod
+    def getCUBIN(program):
+        return program.name.encode()
+
+    @staticmethod
+    def destroyProgram(program):
+        Compiler.open.remove(program)
+
+    @staticmethod
+    def getSupportedArchs():
+        return (80, 89, 90)
+
+
+class Module:
+    """Machine code that was loaded."""
+
+    loaded: ClassVar[list[bytes]] = []
     launched: ClassVar[list] = []
 
-    def __init__(self, *, code, options):
-        self.code, self.options = code, options
-        RawModule.built.append(self)
+    def load(self, image):
+        Module.loaded.append(image)
 
     def get_function(self, name):
-        if RawModule.broken and RawModule.broken in self.code:
-            raise CompileException("kernel.cu(3): error: expected a ';'")
-
         def kernel(grid, block, arguments):
             if Stream.current.capture is not None:
                 Stream.current.capture.append((kernel, grid, block, arguments))
             else:
-                RawModule.launched.append((name, grid, block, arguments))
+                Module.launched.append((name, grid, block, arguments))
 
         return kernel
 
@@ -135,12 +171,12 @@ def from_dlpack(array):
 def make():
     """Return a fresh module."""
     Stream.current = Stream()
-    RawModule.built, RawModule.launched, RawModule.broken = [], [], ""
+    Compiler.compiled, Compiler.open, Compiler.broken = [], [], ""
+    Module.loaded, Module.launched = [], []
     Event.all_done = True
     properties = {"name": b"Fake 1", "multiProcessorCount": 7, "major": 9, "minor": 0}
     return SimpleNamespace(
         ndarray=ndarray,
-        RawModule=RawModule,
         from_dlpack=from_dlpack,
         asnumpy=lambda array: array.view(np.ndarray).copy(),
         empty=lambda shape, dtype: np.empty(shape, dtype).view(ndarray),
@@ -151,7 +187,8 @@ def make():
             Event=Event,
             alloc_pinned_memory=bytearray,
             get_current_stream=lambda: Stream.current,
-            compiler=SimpleNamespace(CompileException=CompileException),
+            Module=Module,
+            nvrtc=Compiler,
             runtime=SimpleNamespace(
                 getDeviceCount=lambda: 1, getDeviceProperties=lambda index: properties
             ),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pagedtq import CacheConfig, PagedKVCache, Polar
-from pagedtq.backends import cupy_device, why_not_cuda
+from pagedtq.backends import cupy_device, kernel_cache, why_not_cuda
 from pagedtq.backends.cupy_device import CupyDevice
 from pagedtq.backends.page_launches import Launch
 from pagedtq.errors import (
@@ -28,7 +28,9 @@ from pagedtq.paging import PageTables
 def cupy(monkeypatch):
     module = fake_cupy.make()
     monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", module.cuda)
     monkeypatch.setattr(cupy_device, "missing_cuda", lambda: None)
+    monkeypatch.setenv(kernel_cache.FOLDER, "")
     return module
 
 
@@ -65,24 +67,32 @@ def test_a_specialisation_is_built_once_with_the_digest_of_the_sources(device, c
     for _ in range(3):
         device.launch(launch(A=1))
     device.launch(launch(A=2))
-    assert len(cupy.RawModule.built) == 2
-    assert any("PAGEDTQ_SOURCE_DIGEST" in option for option in cupy.RawModule.built[0].options)
-    assert "-DA=2" in cupy.RawModule.built[1].options
-    assert cupy.RawModule.launched[0] == ("copy_pages", (2, 1), (128,), (None, np.int32(3)))
+    first, second = cupy.cuda.nvrtc.compiled
+    assert any("PAGEDTQ_SOURCE_DIGEST" in option for option in first.options)
+    assert "--gpu-architecture=sm_90" in first.options
+    assert "-DA=1" in first.options and "-DA=2" in second.options
+    assert not cupy.cuda.nvrtc.open
+    # The binding leaves out the last byte.
+    assert cupy.cuda.Module.loaded == [one.name.encode() + b"\0" for one in (first, second)]
+    launched = cupy.cuda.Module.launched
+    assert launched[0] == ("copy_pages", (2, 1), (128,), (None, np.int32(3)))
     device.launch(launch((0, 1), A=1))
-    assert len(cupy.RawModule.launched) == 4
+    assert len(launched) == 4
 
 
 def test_a_compile_error_names_the_specialisation_and_holds_the_log(device, cupy):
-    cupy.RawModule.broken = "copy_pages"
-    with pytest.raises(KernelCompileError, match=r"copy_pages.cu \[A=1 B=2\].*Fake 1.*expected a"):
+    cupy.cuda.nvrtc.broken = "copy_pages"
+    with pytest.raises(
+        KernelCompileError, match=r"(?s)copy_pages.cu \[A=1 B=2\].* sm_90: .*expected a"
+    ):
         device.launch(launch(B=2, A=1))
+    assert not cupy.cuda.nvrtc.open and not cupy.cuda.Module.loaded
 
 
 def test_structures_are_passed_by_value(device, cupy):
     shape = np.zeros((), [("a", "<i8"), ("b", "<i4")])[()]
     device.launch(launch()._replace(arguments=(shape,)))
-    (passed,) = cupy.RawModule.launched[0][3]
+    (passed,) = cupy.cuda.Module.launched[0][3]
     assert isinstance(passed, np.ndarray) and passed.shape == () and passed.dtype == shape.dtype
 
 
@@ -174,9 +184,9 @@ def test_a_capture_holds_launches_and_refuses_everything_else(device, cupy):
         for call in calls:
             with pytest.raises(StepError, match="inside a captured graph"):
                 call()
-    assert len(cupy.RawModule.launched) == 1
+    assert len(cupy.cuda.Module.launched) == 1
     graph.launch(), graph.launch()
-    assert len(cupy.RawModule.launched) == 3
+    assert len(cupy.cuda.Module.launched) == 3
     assert not device.capturing
 
 
