@@ -141,15 +141,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += step_rows(num_seqs, caching, turns, rng)
         rows.append(changing_row(num_seqs, turns, rng))
     rows.append(in_phase_row(1024, turns, rng))
-    rows.append(admission_row(turns, rng))
+    rows.append(admission_row(4 * turns, rng))
     for count in (10, 1000):
         rows += page_rows(count, rng)
     publish(
         "manager_vs_vllm",
         rows,
         notes=(
-            f"vllm {metadata.version('vllm')}; {turns} turns of {TURN} rounds (get and free: turns "
-            f"of {PAGE}, until each page was taken once), pages of {PAGE} tokens",
+            f"vllm {metadata.version('vllm')}; {turns} turns of {TURN} rounds (admission: "
+            f"{4 * turns} turns; get and free: turns of {PAGE}, until each page was taken once), "
+            f"pages of {PAGE} tokens",
             "microseconds of process CPU time per round, mean of all; worst turn: the least ratio "
             "of any; worst step: the slowest of all rounds instead of the mean",
         ),
