@@ -20,6 +20,9 @@ class KeptPlans:
     def __init__(self) -> None:
         self._plans: OrderedDict[tuple[int, ...], AttendPlan] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._plans)
+
     def of_shape(
         self,
         backend: CudaBackend,

@@ -37,7 +37,8 @@ _FLAGS = (
     "-fsanitize=alignment,bounds,shift -fsanitize-undefined-trap-on-error "
     "-Wall -Wno-unknown-pragmas -Wno-unused-function -Wno-psabi -Werror"
 )
-_GUARD_BYTES = mmap.PAGESIZE
+#: Before and after every array, addresses that fault: a wrong index of thousands lands there, too.
+_GUARD_BYTES = 64 * mmap.PAGESIZE
 #: Stacks of a block's threads, shared by all kernels: `kMaxThreads` of ``fibers.h``.
 _STACKS = (ctypes.c_void_p * 1024)()
 _POISON = 0xFF
@@ -188,7 +189,7 @@ class _GuardedBase(np.ndarray):
 
 
 class _Guarded:
-    """An array that ends (but for less than 16 bytes) at a page no access may touch.
+    """An array that ends (but for less than 16 bytes) at pages no access may touch.
 
     ``sparse`` ones are zero and take memory where they are written: they may be larger than it.
     """

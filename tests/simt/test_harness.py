@@ -141,7 +141,7 @@ def test_shared_memory_starts_poisoned_in_every_block(faulty):
     assert (y == 0xFFFFFFFF).all()
 
 
-@pytest.mark.parametrize("index", [25, 26, 4000, -1200])
+@pytest.mark.parametrize("index", [25, 26, 4000, 60_000, -1200, -60_000])
 def test_writing_outside_an_array_is_found(faulty, index):
     with pytest.raises(harness.KernelFault, match=r"fault|before or after"):
         faulty.launch("write_outside", 1, 32, np.zeros(25, np.int32), np.int32(index))

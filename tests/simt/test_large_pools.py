@@ -13,7 +13,7 @@ from pagedtq.backends.cuda import CudaBackend
 from pagedtq.backends.host import HostBackend
 from pagedtq.paging.table_views import Reads
 from tests.parity.cases import HEADS, make_config
-from tests.parity.twins import Twins
+from tests.parity.twins import assert_states_agree
 
 #: Pages of 2 KiB and rings of 8 KiB: what follows them lies beyond 4 GiB.
 FAR_PAGES, FAR_SLOTS = 1 << 21, 1 << 19
@@ -72,8 +72,8 @@ def test_every_operation_reaches_pages_and_rings_beyond_4_gib():
     for name, owner in (("ring", SLOT), ("sink", RECORD)):
         rows = getattr(cuda.window(0), name)[FAR_SLOTS + owner].view(np.ndarray)
         assert np.array_equal(rows, getattr(host.window(0), name)[owner]) and rows.any()
-    Twins.check_state(*got[0:2], *want[0:2])
-    Twins.check_state(*got[2:4], *want[2:4])
+    assert_states_agree(*got[0:2], *want[0:2])
+    assert_states_agree(*got[2:4], *want[2:4])
     for ours, theirs in zip(got[4:], want[4:]):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-3 * np.abs(theirs).max())
 
