@@ -20,6 +20,9 @@ Integers: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 #: NumPy keeps one object for it: most arrays that come are of this very dtype.
 INT64 = np.dtype(np.int64)
 
+#: What ``issuperset(map(type, values))`` proves of hundreds of values in a microsecond.
+ONLY_INT, ONLY_BYTES = frozenset((int,)), frozenset((bytes,))
+
 #: No count of tokens is larger; keeps every sum of a step inside int64.
 MAX_TOKENS = 1 << 40
 

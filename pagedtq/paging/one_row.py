@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import ArgumentError, OutOfPages
-from .arguments import MAX_TOKENS, Int32, integer, integers
+from .arguments import MAX_TOKENS, ONLY_INT, Int32, integer, integers
 from .block_keys import token_array
 from .exclusive import exclusive
 from .shared_prefixes import BlockChain, opaque_keys
@@ -41,11 +41,26 @@ class OneRow(Steps):
         ArgumentError, ArgumentTypeError
             If a page does not hold its block, a key is not bytes, or a number is none.
         """
+        keys: list[bytes] = []
+        found: list[int] = []
+        if type(block_keys) is not list or block_keys or len(pages):
+            keys, found = self._blocks_held(block_keys, pages)
+        if num_tokens is not None:
+            num_tokens = integer("num_tokens", num_tokens, 0)
+        self._grow_width(len(keys))
+        seq_id, row = self._new_row()
+        self._adopt(row, BlockChain(keys, opaque=True), found, num_tokens)
+        return seq_id
+
+    def _blocks_held(
+        self, block_keys: Sequence[bytes], pages: Sequence[int]
+    ) -> tuple[list[bytes], list[int]]:
+        """Return keys and pages of blocks as lists, if each page holds its block."""
         keys = opaque_keys(block_keys)
         if len(keys) != len(pages):
             raise ArgumentError(f"expected one page per key, got {len(keys)} and {len(pages)}")
         found = list(pages)
-        if set(map(type, found)) - {int}:
+        if not ONLY_INT.issuperset(map(type, found)):
             found = integers("pages", found).tolist()
         prefix, last = self.prefix, self.pool.num_pages - 1
         within = not found or 0 < min(found) <= max(found) <= last
@@ -53,12 +68,7 @@ class OneRow(Steps):
             for key, page in zip(keys, found, strict=True):
                 if prefix is None or not 0 < page <= last or prefix.key_of(page) != key:
                     raise ArgumentError(f"page {page} does not hold block {key.hex()}")
-        if num_tokens is not None:
-            num_tokens = integer("num_tokens", num_tokens, 0)
-        self._grow_width(len(keys))
-        seq_id, row = self._new_row()
-        self._adopt(row, BlockChain(keys, opaque=True), found, num_tokens)
-        return seq_id
+        return keys, found
 
     @exclusive
     def lengthen(self, seq_id: int, length: int, keep_free: int = 0) -> list[int]:
@@ -161,14 +171,27 @@ class OneRow(Steps):
             If the sequence names no blocks, has other keys for them, or is too short, or keys or
             tokens are none.
         """
+        self._publish_named(seq_id, opaque_keys(block_keys), token_ids)
+
+    def _publish_named(
+        self,
+        seq_id: int,
+        keys: Sequence[bytes],
+        token_ids: Int32 | None = None,
+        taken: Sequence[int] = (),
+    ) -> None:
+        """Do what `publish_keys` does, of keys that are known to be bytes.
+
+        ``taken`` are the pages of the first blocks to publish, all of them or none, if they were
+        just taken: such pages hold no block.
+        """
         row = self._resident_row(seq_id, "publish blocks of")
         chain = self._chains.get(row)
         if chain is None or not chain.opaque:
             raise ArgumentError(f"sequence {seq_id} was not opened with block_keys")
-        first = self._published.item(row)
-        keys = opaque_keys(block_keys)
         if not keys:
             return
+        first = self._published.item(row)
         stop = first + len(keys)
         if stop * self.page_size > self._length.item(row):
             raise ArgumentError(
@@ -187,4 +210,8 @@ class OneRow(Steps):
         chain.keys += keys[len(known) :]
         self._keyed[row] = len(chain.keys) * self.page_size
         self._published[row] = stop
-        self._publish_blocks(row, first, stop, token_ids)
+        if taken and self.prefix is not None:
+            parent = chain.keys[first - 1] if first else None
+            self.prefix.enter(keys, taken[: len(keys)], parent, token_ids)
+        else:
+            self._publish_blocks(row, first, stop, token_ids)

@@ -197,7 +197,7 @@ class PrefixIndex:
                 self.forget_held(np.array(some, np.int32))
             return
         # Counting costs a fraction of picking, and mostly there is nothing to pick.
-        held = self._held[pages]
+        held = self._held.take(pages)
         if np.count_nonzero(held):
             self.forget_held(pages[held])
 
@@ -272,17 +272,14 @@ class PrefixIndex:
 
     def _enter_many(self, keys: Sequence[bytes], pages: Sequence[int]) -> None:
         # `_enter_one` for each, with what it looks up looked up once.
-        by_page, held = self._keys, self._flags
+        by_page, held, enter = self._keys, self._flags, self._first.setdefault
         for key, page in zip(keys, pages, strict=True):
             by_page[page] = key
             held[page] = True
-        self._num_held += len(keys)
-        firsts = list(map(self._first.setdefault, keys, pages))
-        if firsts == pages:
-            return
-        for key, page, first in zip(keys, pages, firsts, strict=True):
+            first = enter(key, page)
             if first != page:
                 self._copies.setdefault(key, {first: None})[page] = None
+        self._num_held += len(keys)
 
     def _enter_one(self, key: bytes, page: int) -> None:
         """Enter a key; the caller marks the page as held."""

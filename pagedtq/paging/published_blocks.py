@@ -226,7 +226,7 @@ class PublishedBlocks(SharedPrefixes):
         by_block: Int32 | None = None if chain.opaque else self._page_tokens[pages]
         if tokens is not None:
             by_block = tokens.reshape(pages.size, self.page_size)
-        held = self.prefix.held[pages]
+        held = self.prefix.held.take(pages)
         if np.count_nonzero(held) or np.count_nonzero(pages) < pages.size:
             # Pages that hold their block already were published by a fork; evicted ones are gone.
             self._enter_runs(chain, first, pages, (pages > 0) & ~held, by_block)

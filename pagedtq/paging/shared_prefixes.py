@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, ArgumentTypeError
-from .arguments import Int32, Int64, integer
+from .arguments import ONLY_BYTES, Int32, Int64, integer
 from .block_keys import RAW_TOKENS, BlockHasher, HashName, extras_of, token_array
 from .exclusive import exclusive
 from .prefix_index import PrefixIndex
@@ -78,7 +78,7 @@ class BlockChain:
 
     keys: list[bytes]
     extras: dict[int, bytes] = field(default_factory=dict)
-    prompt: Int32 = field(default_factory=lambda: np.empty(0, np.int32))
+    prompt: Int32 = field(default_factory=lambda: NO_TOKENS)
     opaque: bool = False
     num_tokens: int = 0
 
@@ -389,7 +389,7 @@ def opaque_keys(block_keys: Sequence[bytes] | bytes | str) -> list[bytes]:
     if isinstance(block_keys, bytes | str):
         raise ArgumentTypeError("block_keys must be a sequence of bytes, got one key")
     keys = list(block_keys)
-    for key in keys if set(map(type, keys)) - {bytes} else ():
+    for key in () if ONLY_BYTES.issuperset(map(type, keys)) else keys:
         if not isinstance(key, bytes):
             raise ArgumentTypeError(f"a block key must be bytes, got {type(key).__name__}")
     return keys

@@ -117,7 +117,6 @@ class BlockManager(ManagerViews):
         self._turn = tables.turn
         self._open_on, self._close = unguarded(tables.open_on), unguarded(tables.close)
         self._lengthen = unguarded(tables.lengthen)
-        self._publish_keys = unguarded(tables.publish_keys)
 
     # -- looking up --------------------------------------------------------------------------
 
@@ -335,7 +334,8 @@ class BlockManager(ManagerViews):
             tables.prefix_queries, tables.prefix_hits = lookups
             raise
         holding = self._holdings[name] = Holding(request, seq_id, len(pages))
-        self._publish(holding, due)
+        # The blocks found are published, so those due begin with the pages taken.
+        self._publish(holding, due, taken)
         return Blocks(taken) if taken else NO_BLOCKS
 
     @exclusive
@@ -389,8 +389,9 @@ class BlockManager(ManagerViews):
         """Return keys and tokens of a request's whole blocks behind the first ``done``."""
         return blocks_due(request, self.block_size, done, num_tokens, self._log is not None)
 
-    def _publish(self, holding: Holding, due: Due) -> None:
+    def _publish(self, holding: Holding, due: Due, taken: Sequence[int] = ()) -> None:
         keys, tokens = due
         if keys:
-            self._publish_keys(holding.seq_id, keys, tokens)
+            # `blocks_due` has looked at every key.
+            self.tables._publish_named(holding.seq_id, keys, tokens, taken)
             holding.num_published += len(keys)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..paging.arguments import Int32, integer
+from ..paging.arguments import ONLY_BYTES, ONLY_INT, Int32, integer
 from ..paging.block_keys import token_array
 from .request import Blocks, Request
 
@@ -48,7 +48,7 @@ def block_hashes(request: Request, first: int, stop: int) -> Sequence[bytes]:
         If one is not bytes.
     """
     keys = request.block_hashes[first:stop]
-    if set(map(type, keys)) - {bytes}:
+    if not ONLY_BYTES.issuperset(map(type, keys)):
         kinds = sorted({type(key).__name__ for key in keys if not isinstance(key, bytes)})
         if kinds:
             raise ArgumentTypeError(
@@ -84,7 +84,7 @@ def found_pages(request_id: str, blocks: Blocks, num_pages: int) -> Sequence[int
             f"get_computed_blocks returned, got {type(blocks).__name__}"
         )
     pages = blocks.page_ids
-    if set(map(type, pages)) - {int}:
+    if not ONLY_INT.issuperset(map(type, pages)):
         kinds = sorted({type(page).__name__ for page in pages if type(page) is not int})
         raise ArgumentTypeError(
             f"request {request_id}: page ids of new_computed_blocks must be int, "
