@@ -4,7 +4,7 @@ The trace is read from ../shared/traces or the folder PAGEDTQ_TRACES; without it
 workload of the same size stands in. Groups of rows:
 
 * formats: llama-3.1-8b, 4 GiB, arrivals at 100 requests per second, each default format
-* arrivals: the trace's own times, and all requests at once
+* own arrivals, all at once: the trace's own times, and all requests at the beginning
 * single steps: as the first row, but one step at a time; the price of a step of the control plane
 * recompute, swap: 4000 requests in 2 GiB without a watermark, preempted sequences computed again or
   swapped over a link of 50 GB/s, with copies that overlap steps and with steps that wait

@@ -9,11 +9,12 @@ begin a page. Four callers, in the same run:
 * scheduler, shared: the same with prefix sharing
 
 CPU time of the process, so that other work on the machine counts little; the least and the median
-of the steps.
+of the steps. All cases of an axis take turns, so that a slow minute of the machine meets them all.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -26,6 +27,8 @@ from pagedtq.serving import GenerationRequest, Scheduler, SchedulerOptions
 PAGE_SIZE = 64
 POOLS = (10_000, 30_000, 100_000, 300_000)
 SEQUENCES = (64, 128, 256, 512, 1024, 2048, 4096)
+#: Steps that a case does in a row, and steps before them that are not timed.
+TURN, WARMING = 20, 4
 CALLERS = ("tables", "tables, shared", "scheduler", "scheduler, shared")
 
 
@@ -37,22 +40,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("pool", [(1024, pages) for pages in POOLS]),
         ("sequences", [(count, 100_000) for count in SEQUENCES]),
     ):
-        for count, pages in cases:
-            lengths = np.random.default_rng(options.seed).integers(1, 384, count)
-            costs = {name: step_us(name, lengths, pages, repeats) for name in CALLERS}
-            rows += [
+        costs = costs_us(cases, repeats, options.seed)
+        for (count, pages, caller), (least, median) in costs.items():
+            beside = costs[count, pages, caller.replace("scheduler", "tables")][1]
+            rows.append(
                 {
                     "axis": axis,
                     "sequences": count,
                     "pages": pages,
-                    "caller": name,
+                    "caller": caller,
                     "min us": least,
                     "median us": median,
                     "ns per sequence": 1e3 * median / count,
-                    "x tables": median / costs[name.replace("scheduler", "tables")][1],
+                    "x tables": median / beside,
                 }
-                for name, (least, median) in costs.items()
-            ]
+            )
     publish(
         "step_cost",
         rows,
@@ -63,18 +65,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def step_us(caller: str, lengths: np.ndarray, pages: int, repeats: int) -> tuple[float, float]:
-    """Return the least and the median cost of a step in microseconds."""
-    sharing = SharingOptions() if "shared" in caller else None
-    tables = PageTables(PAGE_SIZE, pages, sharing=sharing)
-    make = running_scheduler if "scheduler" in caller else running_tables
-    step = make(tables, lengths, repeats)
-    seconds = np.empty(repeats + 5)
-    for i in range(seconds.size):
-        start = time.process_time()
-        step()
-        seconds[i] = time.process_time() - start
-    return 1e6 * float(seconds[5:].min()), 1e6 * float(np.median(seconds[5:]))
+def costs_us(
+    cases: Sequence[tuple[int, int]], repeats: int, seed: int
+) -> dict[tuple[int, int, str], tuple[float, float]]:
+    """Return the least and the median cost of a step of every case and caller in microseconds."""
+    steps = {}
+    for (count, pages), caller in itertools.product(cases, CALLERS):
+        lengths = np.random.default_rng(seed).integers(1, 384, count)
+        sharing = SharingOptions() if "shared" in caller else None
+        tables = PageTables(PAGE_SIZE, pages, sharing=sharing)
+        make = running_scheduler if "scheduler" in caller else running_tables
+        steps[count, pages, caller] = make(tables, lengths, repeats)
+    seconds = {key: np.empty(repeats) for key in steps}
+    for turn in range(0, repeats, TURN):
+        for key, step in steps.items():
+            for _ in range(WARMING):
+                step()
+            for i in range(turn, turn + TURN):
+                start = time.process_time()
+                step()
+                seconds[key][i] = time.process_time() - start
+    return {
+        key: (1e6 * float(all_.min()), 1e6 * float(np.median(all_)))
+        for key, all_ in seconds.items()
+    }
 
 
 def running_tables(tables: PageTables, lengths: np.ndarray, repeats: int) -> Callable[[], None]:
@@ -98,7 +112,7 @@ def running_scheduler(tables: PageTables, lengths: np.ndarray, repeats: int) -> 
         request = GenerationRequest(
             request_id=str(at),
             prompt=rng.integers(0, 1000, length),
-            max_tokens=repeats + 20,
+            max_tokens=2 * repeats,
             stop_token_ids=(1 << 20,),
         )
         scheduler.add(request)

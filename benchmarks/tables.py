@@ -75,11 +75,13 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
         ("sequences", "pages", "caller", "min us", "median us", "ns per sequence", "x tables"),
         lambda row: row["sequences"] in (64, 1024, 4096) and row["axis"] == "sequences",
     ),
+    "manager": ("What do the block manager's operations cost?", (), lambda row: True),
     "manager_vs_vllm": (
         "How does the block manager compare with vLLM's?",
-        ("what", "vllm us", "pagedtq us", "times faster"),
+        ("what", "vllm us", "pagedtq us", "times faster", "worst turn"),
         lambda row: True,
     ),
+    "prefix": ("How much of a trace is found again, by pool size?", (), lambda row: True),
     "vllm_scheduler": (
         "Does vLLM's own scheduler run on it?",
         (
@@ -91,9 +93,12 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
             "steps",
             "steps equal, ids too, in turn",
             "preemptions",
+            "steps equal to vllm",
             "tokens found",
             "vllm tokens found",
             "pages leaked",
+            "s",
+            "vllm s",
         ),
         lambda row: True,
     ),
@@ -210,7 +215,7 @@ def conditions(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
         f"`{result['command']}` on {result['date'][:10]}, {machine['cpu']}, "
-        f"{machine['cores']} cores; {versions}."
+        f"{machine['cores']} {'core' if machine['cores'] == 1 else 'cores'}; {versions}."
     )
 
 

@@ -7,7 +7,7 @@ token ids: each step writes the scheduled tokens through the block ids the sched
 next token is a checksum of all tokens read back through them. A page given to two requests, a wrong
 prefix hit or a lost block would change tokens.
 
-vLLM 0.33 re-uses freed pages that hold no block before all others, the newest first; ours wait
+vLLM 0.33 reuses freed pages that hold no block before all others, the newest first; ours wait
 their turn, as in vLLM before. So the third run is vLLM's manager with that one rule put back:
 against it, every block id of every step must be equal.
 """
@@ -323,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         notes=(
             f"scheduler of vllm {metadata.version('vllm')}; pages of {PAGE} tokens",
             "equal steps: leading steps that schedule the same tokens for the same requests",
-            "in turn: vllm with pages re-used in the order in which they were freed",
+            "in turn: vllm with pages reused in the order in which they were freed",
             "seconds: scheduler and manager together, over all steps",
         ),
         json_path=options.json,

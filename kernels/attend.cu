@@ -18,7 +18,7 @@
 // signed bytes with a product of its own: as many matrix instructions as with halves, and an error
 // of at most 6e-5 of the row's largest element, below that of halves. On sm_90, head dim 128, per
 // element (instructions / integer pipe): k3v3 2.36 / 1.67 becomes 2.07 / 1.30, k2v2 2.71 / 1.42
-// becomes 2.10 / 1.07. Values stay halves: their sums must follow a running reference.
+// becomes 2.10 / 1.07. VALUE_INT8 multiplies values of these widths as bytes: byte_values.cuh.
 //
 // Numbers. A query row is f16 times a power of two; scores are log2 of weights. With r the running
 // reference of a row, weights 2^(s - r) are at most 2^(14 - e), where 2^e bounds the value norms

@@ -1,7 +1,7 @@
 // Exact attention over sinks and ring: the tokens of a sequence that the window keeps as they came.
 //
 // what      out, lse of every query row over sink positions [0, first) and ring positions
-//           [stop, kv_len); position p lies in sink row p and in ring row p % ring_rows
+//           [stop, kv_len); position p lies in sink row p and in ring row p % window_rows
 // mapping   a warp per query row, lanes over channels; 128 threads
 // bytes     keys and values of the row's positions once per query head of a group (neighbouring
 //           warps, so mostly from cache); (HEAD_DIM + 1) * 4 out
@@ -72,7 +72,7 @@ DEVICE void visit(Softmax& state, const float* query, const Rows& rows, i64 owne
 // window_slots, sink_records i32[batch] (-1: none). out [tokens, num_q_heads, HEAD_DIM] f32.
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
     attend_window(const u8* queries, const i64* reads, const i64* lengths, const int* query_starts,
-                  const int* window_slots, const int* sink_records, const u8* ring, int ring_rows,
+                  const int* window_slots, const int* sink_records, const u8* ring, int window_rows,
                   const u8* sinks, int sink_rows, int batch, int num_rows, int num_q_heads,
                   int num_kv_heads, float sm_scale, float soft_cap, int window_left, float* out,
                   float* lse) {
@@ -101,13 +101,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS)
         if constexpr (INPUT_DTYPE == F32) query[k] = bits_float(ldg32(queries + 4 * index));
         else query[k] = widen<INPUT_DTYPE>(ldg16(queries + 2 * index));
     }
-    const Rows sink = {sinks, num_kv_heads, sink_rows}, recent = {ring, num_kv_heads, ring_rows};
+    const Rows sink = {sinks, num_kv_heads, sink_rows}, recent = {ring, num_kv_heads, window_rows};
     for (int p = floor; p < min(first, last + 1); ++p) {
         if (p >= keep && p < start) continue;
         visit(state, query, sink, sink_records[sequence], head, p, sm_scale, soft_cap);
     }
     for (int p = max(stop, floor); p < min(kv_len, last + 1); ++p) {
-        visit(state, query, recent, window_slots[sequence], head, p % ring_rows, sm_scale,
+        visit(state, query, recent, window_slots[sequence], head, p % window_rows, sm_scale,
               soft_cap);
     }
     const bool none = state.top == MINUS_INFINITY;

@@ -4,7 +4,7 @@
 // mapping   grid (ceil(2 ceil(slots / 2) heads / kVectorsPerBlock), 2): y = 0 keys, 1 values;
 //           128 threads, kLanes lanes per vector (rotation.cuh)
 // bytes     per token and head: the page's bytes per token in, 2 HEAD_DIM elements out
-// host twin HostBackend.load (pagedtq/backends/host_layer.py); values by the same float32 operations
+// host twin HostBackend.load (pagedtq/backends/host.py); values by the same float32 operations
 //           in the same order, keys in float32 where the host reads them in float64
 //
 // Prod keys include S^T sign(S r), so that inner products with them are the unbiased estimates.

@@ -6,7 +6,7 @@
 // bytes     per token and head: 2 HEAD_DIM elements in, as many of kv_dtype out per row written
 // host twin WindowStore.write (pagedtq/backends/host_window.py); rows agree byte for byte
 //
-// Rings are [slots][heads][keys, values][ring_rows][HEAD_DIM] in kv_dtype, sinks alike with
+// Rings are [slots][heads][keys, values][window_rows][HEAD_DIM] in kv_dtype, sinks alike with
 // sink_rows. A row of a mapping is `slot * rows + row`.
 
 #include "rotation.cuh"
@@ -23,7 +23,7 @@ DEVICE void put(u8* windows, int rows, i64 row, int num_heads, int head, int str
 extern "C" __global__ void __launch_bounds__(kThreads)
     store_window(const u8* keys, const u8* values, i64 key_stride, i64 value_stride,
                  const i64* ring_mapping, const i64* sink_mapping, int num_heads, u8* ring,
-                 int ring_rows, u8* sinks, int sink_rows) {
+                 int window_rows, u8* sinks, int sink_rows) {
     const int token = blockIdx.x, stream = blockIdx.y;
     const i64 ring_row = ring_mapping[token], sink_row = sink_mapping[token];
     if (ring_row < 0 && sink_row < 0) return;
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
             for (int e = 0; e < 8; ++e) x[e] = round_to<KV_DTYPE>(x[e]);
         }
-        if (ring_row >= 0) put(ring, ring_rows, ring_row, num_heads, head, stream, chunk, x);
+        if (ring_row >= 0) put(ring, window_rows, ring_row, num_heads, head, stream, chunk, x);
         if (sink_row >= 0) put(sinks, sink_rows, sink_row, num_heads, head, stream, chunk, x);
     }
 }

@@ -4,7 +4,7 @@
 // mapping   grid (pages, heads), 128 threads: kGroups groups of threads take every kGroups-th
 //           token, a thread one chunk of 8 channels
 // bytes     the page's key codes and norms in, 4 HEAD_DIM bytes per head out
-// host twin HostBackend.write_bounds (pagedtq/backends/host_layer.py)
+// host twin HostBackend.write_bounds (pagedtq/backends/host.py)
 
 #include "append.cuh"
 #include "decode.cuh"

@@ -28,7 +28,7 @@ settings.load_profile("pagedtq")
 
 ROOT = Path(__file__).parents[1]
 
-#: Where the public request traces lie if somebody has fetched them; see docs/workloads.
+#: Where public request traces lie if fetched; see docs/workloads-and-simulation.md.
 TRACES = Path(os.environ.get("PAGEDTQ_TRACES", ROOT.parent / "shared" / "traces"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from benchmarks.gpu.figures import Times, crossover, ratios, time_columns
 from benchmarks.gpu.operations import Prepared
 from benchmarks.gpu.workloads import Workload, at_size, attend_rows
 
-#: Beside the repository, where the trace lies if somebody put it there.
-TRACE = Path(__file__).parents[3] / "shared/traces/AzureLLMInferenceTrace_conv_2023.csv"
+#: Where the trace lies if somebody put it there.
+TRACES = Path(os.environ.get("PAGEDTQ_TRACES", Path(__file__).parents[3] / "shared" / "traces"))
+TRACE = TRACES / "AzureLLMInferenceTrace_conv_2023.csv"
 # Seconds that a shape with its baselines may need.
 _SHAPE_SECONDS = 4.0
 

@@ -116,8 +116,8 @@ def attend_kernel(
     Raises
     ------
     UnsupportedError
-        If keys or values that `takes_int8` refuses are to be multiplied as bytes; for a head dim
-        above `MAX_HEAD_DIM`.
+        If keys that `takes_int8` refuses, or values that `takes_int8_values` does, are to be
+        multiplied as bytes; for a head dim above `MAX_HEAD_DIM`.
     """
     config = layout.config
     if config.head_dim > MAX_HEAD_DIM:

@@ -12,7 +12,7 @@ from .cuda_window import CudaWindow
 from .device import Device, DeviceArray
 from .host_score import PageStats, Scores
 from .score_places import page_stats as stats_launch
-from .score_places import score_starts
+from .score_places import score_starts, stats_places
 
 if TYPE_CHECKING:
     from .cuda import CudaBackend
@@ -99,24 +99,18 @@ def page_stats(device: Device, scores: Scores, page_size: int, sm_scale: float) 
     stride = int(blocks.max(initial=-1)) + 1
     owners = np.repeat(np.arange(batch), np.diff(scores.indptr))
     counts = np.bincount(owners * stride + blocks, minlength=batch * stride).reshape(batch, stride)
-    read = counts > 0
-    numbers = np.full(read.shape, -1, np.int32)
-    numbers[read] = np.arange(read.sum())
-    indptr = np.concatenate([[0], read.sum(axis=1).cumsum()]).astype(np.int64)
-    shape = (len(scores.values), int(indptr[-1]))
+    pages = stats_places(counts)
+    shape = (len(scores.values), int(pages.indptr[-1]))
     maximum, mass = (device.empty(shape, np.float32) for _ in range(2))
     if shape[1]:
         starts = scores.indptr, (counts.cumsum(axis=1) - counts).astype(np.int64)
         places = device.upload(starts[0]), device.upload(starts[1])
         device.launch(
-            stats_launch(scores.values, places, device.upload(numbers), maximum, mass, sm_scale)
+            stats_launch(
+                scores.values, places, device.upload(pages.numbers), maximum, mass, sm_scale
+            )
         )
-    return PageStats(
-        device.download(maximum),
-        device.download(mass),
-        indptr,
-        np.nonzero(read)[1].astype(np.int64),
-    )
+    return PageStats(device.download(maximum), device.download(mass), pages.indptr, pages.blocks)
 
 
 def _fill(

@@ -1,8 +1,8 @@
 """The seam between the CUDA backend and whatever runs its kernels.
 
 `CudaBackend` talks to a `Device` and to nothing else: `CupyDevice` is the one that exists outside
-tests, and the only place that imports CuPy. The tests' twin runs the same launches through the
-kernels' own source on a CPU, so that all of the backend runs without a GPU.
+tests, and the only place that imports CuPy's run time. The tests' twin runs the same launches
+through the kernels' own source on a CPU, so that all of the backend runs without a GPU.
 """
 
 from __future__ import annotations

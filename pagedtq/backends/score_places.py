@@ -73,10 +73,16 @@ def score_starts(table: Array, reads: Reads, page_size: int) -> tuple[Array, Arr
     return totals.astype(np.int64), ends - counts
 
 
-def stats_places(table: Array, reads: Reads, page_size: int) -> StatsPlaces:
-    """Give numbers to pages that hold a readable position; parameters as of `block_counts`."""
-    read = block_counts(table, reads, page_size) > 0
-    numbers = np.full(table.shape, -1, np.int32)
+def stats_places(counts: Array) -> StatsPlaces:
+    """Give numbers to the pages that hold a readable position.
+
+    Parameters
+    ----------
+    counts : ndarray of int64 ``[batch, max_blocks]``
+        Readable positions of every block.
+    """
+    read = counts > 0
+    numbers = np.full(read.shape, -1, np.int32)
     numbers[read] = np.arange(read.sum(), dtype=np.int32)
     indptr = np.concatenate([[0], read.sum(axis=1).cumsum()]).astype(np.int64)
     return StatsPlaces(numbers, indptr, np.nonzero(read)[1].astype(np.int64))

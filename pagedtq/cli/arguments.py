@@ -19,6 +19,15 @@ from ..sizing import Format, parse_bytes
 Commands = Any
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the default of every option that has one and does not explain it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or "(default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
 def add_command(
     commands: Commands, name: str, run: Any, summary: str, detail: str = ""
 ) -> argparse.ArgumentParser:
@@ -27,7 +36,7 @@ def add_command(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}. {detail}".strip(),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)

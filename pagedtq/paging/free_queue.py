@@ -1,6 +1,6 @@
 """The queue of free ids: first in, first out, with removal from the middle.
 
-It decides which cached page is re-used next: the one that was freed longest ago.
+It decides which cached page is reused next: the one that was freed longest ago.
 
 Order is that of a linked list. The list is an array that is read at its head and written at its
 tail; an id taken from the middle leaves a hole (-1) that later pops step over. When the tail meets

@@ -29,9 +29,6 @@ from .kernel_macros import kernel_macros
 PLANE_ALIGN = 16
 EXTENT_ALIGN = 128
 
-#: Code rows of these widths have a word layout the kernels decode in registers; see `code_rows`.
-WORD_WIDTHS = (2, 3, 4, 8)
-
 
 class CodeRows(NamedTuple):
     """Bytes of one token's codes: the main row, and the sign row that only width 3 has."""

@@ -37,7 +37,7 @@ class PrefixObserver(Protocol):
 
 
 class PrefixIndex:
-    """Keys of the blocks that pages hold, whether the pages have owners or wait to be re-used.
+    """Keys of the blocks that pages hold, whether the pages have owners or wait to be reused.
 
     Parameters
     ----------

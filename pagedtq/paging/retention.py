@@ -1,10 +1,10 @@
 """Which cached pages are kept longest: priorities with an end, and pins.
 
-Without it the free queue is the policy: pages are re-used least recently freed first, whatever they
+Without it the free queue is the policy: pages are reused least recently freed first, whatever they
 hold. With it pages can be given priorities from 0 to 100, 35 where nothing is said (the scale and
-the default of TensorRT-LLM's retention): lower ones are re-used first, equal ones in the old order.
+the default of TensorRT-LLM's retention): lower ones are reused first, equal ones in the old order.
 A priority may end some time after its page lost its last owner; the page then counts as freed at
-that moment. A pin is an owner: a pinned page is not free, so nothing re-uses or evicts it.
+that moment. A pin is an owner: a pinned page is not free, so nothing reuses or evicts it.
 """
 
 from __future__ import annotations
@@ -116,14 +116,14 @@ class Retention:
     ) -> int:
         """Give the pages of a range of tokens a priority.
 
-        It belongs to the pages, so to everybody who shares them, until they are re-used.
+        It belongs to the pages, so to everybody who shares them, until they are reused.
 
         Parameters
         ----------
         seq_id : int
             The sequence.
         priority : int
-            0 (re-use first) to 100 (re-use last); 35 is that of all other pages.
+            0 (reuse first) to 100 (reuse last); 35 is that of all other pages.
         start, stop : int
             Tokens ``[start, stop)``, to the end by default; every resident block that holds one.
         seconds : float, optional

@@ -4,7 +4,7 @@ A scheduler that was written against vLLM's manager asks, request by request: wh
 prompt are here (`get_computed_blocks`), and is there room for so many tokens (`allocate_slots`)?
 Here a request is a row of `PageTables`, so that a scheduler that can do a whole step at once calls
 `tables.reserve` for the same sequences instead. Everything is as in vLLM where its behaviour can be
-seen: the order in which pages are taken, freed and re-used, when a block can be found, and that a
+seen: the order in which pages are taken, freed and reused, when a block can be found, and that a
 call that does not fit changes nothing.
 
 Without a data plane there is no later moment at which bytes are known to be written, so blocks are
@@ -137,7 +137,7 @@ class BlockManager(ManagerViews):
     def get_computed_blocks(self, request: Request) -> tuple[Blocks, int]:
         """Return the blocks of a request that are here, and how many tokens they hold.
 
-        The last token is never among them. Nothing is taken: the pages can still be re-used until
+        The last token is never among them. Nothing is taken: the pages can still be reused until
         `allocate_slots` gets them.
 
         Raises

@@ -178,7 +178,7 @@ def test_a_loop_is_the_shortest_with_enough_matrix_instructions():
     assert sass.hot_loop(lines, 1, beside="MOV")[:2] == (6, 2)
 
 
-def test_the_figures_the_design_promises_are_in_the_budget():
+def test_the_budget_of_four_bits_leaves_room_for_three_blocks_and_full_bandwidth():
     figures = BUDGET["k4v4-d128"]["90"]
     assert figures["instructions"] <= 2.50
     assert figures["alu"] <= 1.80

@@ -2,7 +2,7 @@
 
 One integer per token stands for its bytes, in every page of the device and of the host. It is a
 hash of all that precedes the token, as its keys and values are functions of that; so a page that is
-shared, re-used, swapped or fenced wrongly shows as a wrong integer. Preemption is heavy: whatever
+shared, reused, swapped or fenced wrongly shows as a wrong integer. Preemption is heavy: whatever
 does not fit sends a random sequence to the host, or closes it and begins it again. With `Faults`
 allocations fail now and then; the call has then changed nothing, and is repeated.
 """

@@ -1,4 +1,4 @@
-"""Which cached pages are re-used first: least recently freed, priorities with an end, pins."""
+"""Which cached pages are reused first: least recently freed, priorities with an end, pins."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_lower_priorities_are_re_used_first_and_equal_ones_in_the_order_of_freei
     seq, pages = admit(tables, prompt(4, 9))
     assert pages == [2, 1, 9, 10, 8, 5, 4, 3, 7]
     tables.close(seq)
-    # A page that was re-used has lost its priority; page 6 still waits with its own.
+    # A page that was reused has lost its priority; page 6 still waits with its own.
     assert free_order(tables)[-1] == 6
     assert np.flatnonzero(retention.priorities != DEFAULT_PRIORITY).tolist() == [6]
     tables.check_integrity()

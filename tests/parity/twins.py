@@ -12,7 +12,6 @@ from benchmarks.gpu.page_differences import compare_pages
 from pagedtq import CacheConfig, PagedKVCache
 from pagedtq.backends.cuda import CudaBackend
 from pagedtq.codec import DenseRotationWarning
-from pagedtq.config import Exact
 
 #: Relative error of outputs (L2 per query) and absolute error of lse.
 BOUND = 2e-3
@@ -160,7 +159,3 @@ class Twins:
 
     def fetch(self, array) -> np.ndarray:
         return self.cuda.backend.to_host(array)
-
-    @property
-    def all_exact(self) -> bool:
-        return isinstance(self.config.keys, Exact) and isinstance(self.config.values, Exact)

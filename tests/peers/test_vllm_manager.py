@@ -29,7 +29,6 @@ from benchmarks.vllm_scheduler import freed_in_turn
 from pagedtq.serving import BlockManager
 
 SIZE, PAGES, LONGEST, WATERMARK = 4, 30, 60, 0.1
-NOTHING = 0, None
 CALLS = "arrive", "admit", "admit", "step", "step", "step", "free", "evict"
 
 

@@ -55,7 +55,7 @@ def test_every_block_id_is_vllms_where_freed_pages_wait_their_turn(case):
 def test_the_schedule_is_vllms_where_no_cached_page_is_evicted(case):
     num_pages, caching, runs = case
     if caching and num_pages < 1000:
-        pytest.skip("which cached pages survive depends on the order in which pages are re-used")
+        pytest.skip("which cached pages survive depends on the order in which pages are reused")
     assert peer.equal_steps(runs.ours, runs.vllm, ids=False) == len(runs.vllm.steps)
     assert len(runs.ours.steps) == len(runs.vllm.steps)
 

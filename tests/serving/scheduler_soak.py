@@ -2,7 +2,7 @@
 
 Up to 1024 requests of some 500 prompt tokens, half of which begin like others, and up to 5000 to
 generate, on 1000 pages. Tokens are read through the page tables, so that a page that is shared,
-swapped or re-used wrongly changes what is generated.
+swapped or reused wrongly changes what is generated.
 """
 
 from __future__ import annotations

@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 
 from pagedtq.errors import ArgumentError, ConcurrentCallError, StepError
-from pagedtq.paging import BlockHasher
-from tests.serving.served import SIZE, admit, manager_of, request_of
-
-HASHER = BlockHasher(SIZE)
+from tests.serving.served import admit, manager_of, request_of
 
 
 @pytest.fixture
@@ -58,7 +55,7 @@ class Worker(threading.Thread):
                 rest = request.num_tokens - count
                 new = self.insist(manager.allocate_slots, request, rest, count, found)
             except ArgumentError:
-                # What was found has been re-used since: look again.
+                # What was found has been reused since: look again.
                 continue
             if new is not None:
                 break

@@ -11,7 +11,7 @@ import numpy as np
 from pagedtq.backends.host import HostBackend
 from pagedtq.backends.kernel_tables import stream_tables
 from pagedtq.backends.page_launches import BLOCK, Launch, LayerLaunches
-from pagedtq.config import CacheConfig, TurboQuant
+from pagedtq.config import CacheConfig
 
 STORAGE = {"f16": np.float16, "bf16": np.uint16, "f32": np.float32}
 
@@ -20,11 +20,6 @@ def cache_config(keys, values, head_dim=128, **options) -> CacheConfig:
     """Return a small configuration of one layer without a window, unless options say otherwise."""
     shape = {"num_layers": 1, "num_kv_heads": 2, "num_pages": 5, "window": 0, "seed": 11}
     return CacheConfig(keys=keys, values=values, head_dim=head_dim, **{**shape, **options})
-
-
-def bits_of(form: str | int) -> TurboQuant:
-    """Return the codec of a width."""
-    return TurboQuant(bits=int(form))
 
 
 def as_kind(vectors: np.ndarray, kind: str) -> np.ndarray:

@@ -2,8 +2,7 @@
 
 ``fibers.h`` explains the execution model and ``simt.h`` stands in for the device. Arrays passed to
 a launch are copied between guard pages for its duration, so that a kernel which reads or writes
-outside of them faults, and copied back afterwards; `guarded` makes arrays that stay there, for
-kernels that take tables of addresses.
+outside of them faults, and copied back afterwards. Arrays of a `HarnessDevice` stay there.
 
 Without a compiler the tests that need one are skipped, loudly. ``PAGEDTQ_REQUIRE_SIMT=1``, which
 CI sets, makes that a failure.
@@ -173,13 +172,6 @@ class Kernels:
             return (ctypes.c_char * argument.itemsize).from_buffer_copy(argument.tobytes())
         assert isinstance(argument, ctypes.Structure), f"pass NumPy scalars, got {argument!r}"
         return argument
-
-
-def guarded(array: np.ndarray) -> np.ndarray:
-    """Copy an array between guard pages for good: launches pass it without copying."""
-    memory = _Guarded(array.shape, array.dtype)
-    memory.array[...] = array
-    return memory.array
 
 
 class _GuardedBase(np.ndarray):

@@ -10,7 +10,12 @@ from pagedtq.backends.attend_shape import attend_shape, table_entries
 from pagedtq.backends.host_score import Scores
 from pagedtq.backends.host_score import page_stats as host_page_stats
 from pagedtq.backends.queries import check_queries, prepare_queries
-from pagedtq.backends.score_places import page_stats, score_starts, stats_places
+from pagedtq.backends.score_places import (
+    block_counts,
+    page_stats,
+    score_starts,
+    stats_places,
+)
 from tests.reference import scores as exact_scores
 from tests.simt.device_attention import f16_rows, share_out
 from tests.simt.device_layer import run
@@ -100,7 +105,7 @@ def test_page_statistics_equal_the_hosts_on_the_same_scores(page_size, group, se
     table, reads = cache.tables.block_table(ids), cache.tables.reads(ids, False)
     reads = reads._replace(stop=reads.stop * [1, 1, 0, 1])
     got, starts = score(cache, queries, ids, np.full(4, 2, np.int32), seed, reads=reads)
-    places = stats_places(table, reads, page_size)
+    places = stats_places(block_counts(table, reads, page_size))
     maximum, mass = np.full((2, len(got), len(places.blocks)), np.nan, np.float32)
     scale = 0.125 if seed else 1.0
     run(page_stats(got, starts, places.numbers, maximum, mass, scale), seed)
