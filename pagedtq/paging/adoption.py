@@ -87,7 +87,7 @@ class Adoption(Steps):
             If a step is open.
         """
         self._refuse_open_step("extract")
-        rows = self._resident_rows(seq_ids, "extract")
+        rows = self._resident_rows_now(seq_ids, "extract")
         length, coded, ring_start, sinks = self._states(rows)
         counts = -(-length // self.page_size)
         member, block = np.repeat(np.arange(rows.size), counts), ranges(counts)

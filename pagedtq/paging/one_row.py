@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import ArgumentError, OutOfPages
+from ..errors import ArgumentError, OutOfPages, StepError
 from .arguments import MAX_TOKENS, ONLY_INT, Int32, integer, integers
 from .block_keys import token_array
 from .exclusive import exclusive
@@ -68,6 +68,8 @@ class OneRow(Steps):
             for key, page in zip(keys, found, strict=True):
                 if prefix is None or not 0 < page <= last or prefix.key_of(page) != key:
                     raise ArgumentError(f"page {page} does not hold block {key.hex()}")
+        if len(set(found)) < len(found):
+            raise ArgumentError(f"a sequence has a page once, got pages {found}")
         return keys, found
 
     @exclusive
@@ -75,14 +77,17 @@ class OneRow(Steps):
         """Make room in one sequence for positions below ``length``; return its new pages.
 
         This is `reserve` and `commit` of one sequence; a shorter length changes nothing. Nothing is
-        published, see `publish_keys`.
+        published, see `publish_keys`. A sequence that shares its open page gets a page of its own
+        there, which is not among those returned: copy the bytes of the page that `block_table`
+        showed before.
 
         Raises
         ------
         OutOfPages, OutOfWindowSlots
             If it does not fit, or would leave less than ``keep_free`` pages free.
         StepError
-            If a step is open.
+            If a step is open, or the sequence shares its exact window with a fork: a plan of
+            `reserve` says what has to be copied.
         """
         if self._step is not None:
             self._refuse_open_step("lengthen")
@@ -120,9 +125,14 @@ class OneRow(Steps):
         if need + shared and need + shared > free:
             raise OutOfPages(need + shared, max(free, 0), self.pool.num_pages - 1)
         if self.window_tokens or shared:
+            slot = self._slot.item(row)
+            if slot >= 0 and self.windows.ref_counts[slot] > 1:
+                raise StepError(
+                    f"sequence {seq_id} shares its exact window with a fork: append with reserve, "
+                    "whose plan says what has to be copied"
+                )
             plan = self._reserve(np.array([seq_id]), length - old)
             self._end_step(plan, "commit")
-            self._publish(plan.rows)
             taken: list[int] = self._table[row, first:stop].tolist()
             return taken
         if need and self.retention is not None:
@@ -156,6 +166,8 @@ class OneRow(Steps):
     ) -> None:
         """Publish the next blocks of a sequence that names its own; their bytes are written.
 
+        Those that depend on pruned tokens are counted as published, but nobody finds them.
+
         Parameters
         ----------
         seq_id : int
@@ -171,28 +183,9 @@ class OneRow(Steps):
             If the sequence names no blocks, has other keys for them, or is too short, or keys or
             tokens are none.
         """
-        self._publish_named(seq_id, opaque_keys(block_keys), token_ids)
-
-    def _publish_named(
-        self,
-        seq_id: int,
-        keys: Sequence[bytes],
-        token_ids: Int32 | None = None,
-        taken: Sequence[int] = (),
-    ) -> None:
-        """Do what `publish_keys` does, of keys that are known to be bytes.
-
-        ``taken`` are the pages of the first blocks to publish, all of them or none, if they were
-        just taken: such pages hold no block.
-        """
-        row = self._resident_row(seq_id, "publish blocks of")
-        chain = self._chains.get(row)
-        if chain is None or not chain.opaque:
-            raise ArgumentError(f"sequence {seq_id} was not opened with block_keys")
-        if not keys:
-            return
-        first = self._published.item(row)
-        stop = first + len(keys)
+        keys = opaque_keys(block_keys)
+        row = self.check_names(seq_id, keys)
+        stop = self._published.item(row) + len(keys)
         if stop * self.page_size > self._length.item(row):
             raise ArgumentError(
                 f"sequence {seq_id} has {self._length.item(row)} tokens, not {stop} whole blocks"
@@ -204,14 +197,57 @@ class OneRow(Steps):
                     f"token_ids of {len(keys)} blocks must be {len(keys) * self.page_size}, "
                     f"got {token_ids.size}"
                 )
-        known = chain.keys[first:stop]
-        if known != keys[: len(known)]:
+        if keys:
+            self._publish_named(seq_id, keys, token_ids)
+
+    def check_names(self, seq_id: int, keys: list[bytes]) -> int:
+        """Refuse keys that `publish_keys` would refuse for a sequence; return its row.
+
+        Raises
+        ------
+        ArgumentError
+            If the sequence names no blocks, or has other keys for those behind the published ones.
+        """
+        row = self._resident_row(seq_id, "publish blocks of")
+        chain = self._chains.get(row)
+        if chain is None or not chain.opaque:
+            raise ArgumentError(f"sequence {seq_id} was not opened with block_keys")
+        first = self._published.item(row)
+        known = chain.keys[first : first + len(keys)]
+        if known and known != keys[: len(known)]:
             raise ArgumentError(f"sequence {seq_id} was opened with other keys")
-        chain.keys += keys[len(known) :]
+        return row
+
+    def _publish_named(
+        self,
+        seq_id: int,
+        keys: list[bytes],
+        token_ids: Int32 | None = None,
+        taken: Sequence[int] = (),
+    ) -> None:
+        """Publish the next blocks of a sequence, of which all is checked: nothing can go wrong.
+
+        ``taken`` are the pages of the first blocks to publish, all of them or none, if they were
+        just taken: such pages hold no block.
+        """
+        row = self._row_of(seq_id)
+        chain = self._chains[row]
+        first = self._published.item(row)
+        stop = first + len(keys)
+        chain.keys += keys[len(chain.keys) - first :]
         self._keyed[row] = len(chain.keys) * self.page_size
         self._published[row] = stop
-        if taken and self.prefix is not None:
+        taint = self._taint.item(row)
+        if taint:
+            # What depends on pruned tokens is named, so that the next block finds its place, but
+            # nobody else may find it.
+            stop = max(first, min(stop, taint // self.page_size))
+            if token_ids is not None:
+                token_ids = token_ids[: (stop - first) * self.page_size]
+        if stop == first or self.prefix is None:
+            return
+        if taken:
             parent = chain.keys[first - 1] if first else None
-            self.prefix.enter(keys, taken[: len(keys)], parent, token_ids)
+            self.prefix.enter(keys[: stop - first], taken[: stop - first], parent, token_ids)
         else:
             self._publish_blocks(row, first, stop, token_ids)

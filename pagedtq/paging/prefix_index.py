@@ -104,13 +104,20 @@ class PrefixIndex:
         return [self._first[key]] if key in self._first else []
 
     def longest(self, keys: Iterable[bytes]) -> list[int]:
-        """Return the pages of the leading keys, up to the first that no page holds."""
+        """Return the pages of the leading keys, up to the first that no page holds.
+
+        They end before a key that came before, too: callers may name two blocks alike, but a
+        sequence has a page once.
+        """
         found, pages = self._first.get, []
         for key in keys:
             page = found(key)
             if page is None:
                 break
             pages.append(page)
+        if len(set(pages)) < len(pages):
+            first = dict(zip(reversed(pages), range(len(pages) - 1, -1, -1)))
+            del pages[next(at for at, page in enumerate(pages) if first[page] < at) :]
         return pages
 
     def publish(

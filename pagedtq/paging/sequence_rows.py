@@ -13,7 +13,7 @@ from ..errors import (
     SwappedError,
     UnknownSequence,
 )
-from .arguments import Int32, Int64, Integers, integer, integers, ranges
+from .arguments import Bools, Int32, Int64, Integers, integer, integers, ranges
 from .exclusive import Turn
 from .fences import Fences
 from .page_pool import PagePool
@@ -127,7 +127,10 @@ class SequenceRows:
         return rows
 
     def _distinct_rows(self, seq_ids: Integers) -> Int64:
-        """Return the rows of sequences, read only; refuse unknown and repeated ids."""
+        """Return the rows of sequences, read only; refuse unknown and repeated ids.
+
+        For who has the turn: it remembers the batch. Others take `_distinct_rows_now`.
+        """
         ids = integers("seq_ids", seq_ids)
         # A batch decodes for many steps: the same ids again need no second look.
         batch = ids.tobytes()
@@ -138,13 +141,29 @@ class SequenceRows:
             order = np.arange(rows.size)
             # NumPy keeps the last of several values assigned to one place.
             self._scratch[rows] = order
-            unique = self._scratch.take(rows, mode="clip") == order
-            if not unique.all():
-                twice = int(self._ids[rows[~unique][0]])
-                raise ArgumentError(f"sequence {twice} appears twice in a batch of {rows.size}")
+            self._refuse_repeated(rows, self._scratch.take(rows, mode="clip") == order)
         rows.flags.writeable = False
         self._batch = batch, rows
         return rows
+
+    def _distinct_rows_now(self, seq_ids: Integers) -> Int64:
+        """Do what `_distinct_rows` does and change nothing, so that it needs no turn."""
+        ids = integers("seq_ids", seq_ids)
+        # One reading: another thread may put the next batch in its place.
+        known, known_rows = self._batch
+        if ids.tobytes() == known:
+            return known_rows
+        rows = self._rows_of(ids)
+        first = np.zeros(rows.size, np.bool_)
+        first[np.unique(rows, return_index=True)[1]] = True
+        self._refuse_repeated(rows, first)
+        return rows
+
+    def _refuse_repeated(self, rows: Int64, unique: Bools) -> None:
+        """Refuse a batch unless all its rows are met once."""
+        if not unique.all():
+            twice = int(self._ids[rows[~unique][0]])
+            raise ArgumentError(f"sequence {twice} appears twice in a batch of {rows.size}")
 
     def _row_of(self, seq_id: int) -> int:
         """Return the row of one sequence."""
@@ -164,6 +183,13 @@ class SequenceRows:
             self._refuse_away(rows, operation)
         return rows
 
+    def _resident_rows_now(self, seq_ids: Integers, operation: str) -> Int64:
+        """Do what `_resident_rows` does and change nothing, so that it needs no turn."""
+        rows = self._distinct_rows_now(seq_ids)
+        if self._num_away:
+            self._refuse_away(rows, operation)
+        return rows
+
     def _resident_row(self, seq_id: int, operation: str) -> int:
         """Return the row of one sequence that is on the device and stays there."""
         row = self._row_of(seq_id)
@@ -174,7 +200,8 @@ class SequenceRows:
     def _readable_rows(self, seq_ids: Integers, operation: str) -> Int64:
         """Return the rows of sequences whose pages are on the device."""
         ids = integers("seq_ids", seq_ids)
-        rows = self._batch[1] if ids.tobytes() == self._batch[0] else self._rows_of(ids)
+        known, known_rows = self._batch
+        rows = known_rows if ids.tobytes() == known else self._rows_of(ids)
         if self._num_away and int(self._away.take(rows).max(initial=0)) >= AWAY:
             self._refuse_away(rows[self._away[rows] >= AWAY], operation)
         return rows

@@ -170,7 +170,7 @@ class Steps(DecodeRuns):
         UnknownSequence, ArgumentError, ArgumentTypeError
             For bad ids or counts.
         """
-        rows = self._resident_rows(seq_ids, "append to")
+        rows = self._resident_rows_now(seq_ids, "append to")
         num_new = token_counts("num_new_tokens", num_new_tokens, rows.size)
         length, size = self._length.take(rows), self.page_size
         fresh = (length + num_new + (size - 1)) // size - (length + (size - 1)) // size

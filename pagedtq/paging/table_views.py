@@ -61,7 +61,7 @@ class TableViews(SequenceRows):
 
     def check_distinct(self, seq_ids: Integers) -> None:
         """Refuse ids of sequences that are not open, and repeated ones."""
-        self._distinct_rows(seq_ids)
+        self._distinct_rows_now(seq_ids)
 
     def lengths(self, seq_ids: Integers) -> Int64:
         """Return the number of tokens of each sequence, ``int64[B]``."""

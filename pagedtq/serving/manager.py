@@ -116,7 +116,7 @@ class BlockManager(ManagerViews):
         # The tables' own turn: a request and its sequence change together.
         self._turn = tables.turn
         self._open_on, self._close = unguarded(tables.open_on), unguarded(tables.close)
-        self._lengthen = unguarded(tables.lengthen)
+        self._lengthen, self._num_published = unguarded(tables.lengthen), tables.num_published
 
     # -- looking up --------------------------------------------------------------------------
 
@@ -266,7 +266,8 @@ class BlockManager(ManagerViews):
                         f"request {name} holds blocks already; pass computed blocks with its first "
                         "tokens only, or free it before"
                     )
-                done = holding.num_published
+                # The tables know: whoever cuts a sequence there cuts what it has published.
+                done = self._num_published(holding.seq_id)
             reach = computed + found + external + new
             target = whole = reach + lookahead
             if full_sequence_must_fit:
@@ -278,7 +279,7 @@ class BlockManager(ManagerViews):
             due = NOTHING_DUE
             if self.enable_caching and not delay_cache_blocks and reach // size > done:
                 # No more than there is room for.
-                due = self._due(request, done, min(reach, target))
+                due = self._due(request, done, min(reach, target), holding)
             if holding is None:
                 beside = self.watermark_blocks if has_scheduled_reqs else 0
                 return self._admit(request, pages, whole, target, reserved, beside, due)
@@ -293,7 +294,7 @@ class BlockManager(ManagerViews):
             except OutOfPages:
                 return None
             if due is not NOTHING_DUE:
-                self._publish(holding, due)
+                self._publish(holding.seq_id, due)
             return Blocks(taken) if taken else NO_BLOCKS
         finally:
             self._turn.append(None)
@@ -320,8 +321,8 @@ class BlockManager(ManagerViews):
                 f"request {name}: allocate_slots must wait: a step is open, commit or abort it"
             )
         lookups = tables.prefix_queries, tables.prefix_hits
+        keys = block_hashes(request, 0, len(pages)) if pages else []
         try:
-            keys = request.block_hashes[: len(pages)]
             seq_id = self._open_on(keys, pages, request.num_tokens)
         except (ArgumentError, ArgumentTypeError) as error:
             raise type(error)(
@@ -333,9 +334,9 @@ class BlockManager(ManagerViews):
             self._close(seq_id)
             tables.prefix_queries, tables.prefix_hits = lookups
             raise
-        holding = self._holdings[name] = Holding(request, seq_id, len(pages))
+        self._holdings[name] = Holding(request, seq_id)
         # The blocks found are published, so those due begin with the pages taken.
-        self._publish(holding, due, taken)
+        self._publish(seq_id, due, taken)
         return Blocks(taken) if taken else NO_BLOCKS
 
     @exclusive
@@ -358,7 +359,8 @@ class BlockManager(ManagerViews):
                 f"request {name}: num_computed_tokens is {computed}, but it has room for {room} "
                 "tokens; allocate slots for the others before"
             )
-        self._publish(holding, self._due(request, holding.num_published, computed))
+        done = self._num_published(holding.seq_id)
+        self._publish(holding.seq_id, self._due(request, done, computed, holding))
 
     # -- giving back -------------------------------------------------------------------------
 
@@ -385,13 +387,19 @@ class BlockManager(ManagerViews):
         """Forget every block, unless a request holds pages; return whether it was done."""
         return self.tables.reset_prefix_cache()
 
-    def _due(self, request: Request, done: int, num_tokens: int) -> Due:
-        """Return keys and tokens of a request's whole blocks behind the first ``done``."""
-        return blocks_due(request, self.block_size, done, num_tokens, self._log is not None)
+    def _due(
+        self, request: Request, done: int, num_tokens: int, holding: Holding | None = None
+    ) -> Due:
+        """Return keys and tokens of a request's whole blocks behind the first ``done``.
 
-    def _publish(self, holding: Holding, due: Due, taken: Sequence[int] = ()) -> None:
+        What is wrong with them is found here, before anything is taken.
+        """
+        due = blocks_due(request, self.block_size, done, num_tokens, self._log is not None)
+        if holding is not None and due[0]:
+            self.tables.check_names(holding.seq_id, due[0])
+        return due
+
+    def _publish(self, seq_id: int, due: Due, taken: Sequence[int] = ()) -> None:
         keys, tokens = due
         if keys:
-            # `blocks_due` has looked at every key.
-            self.tables._publish_named(holding.seq_id, keys, tokens, taken)
-            holding.num_published += len(keys)
+            self.tables._publish_named(seq_id, keys, tokens, taken)

@@ -172,7 +172,7 @@ class Blocks:
 class Holding:
     """What a manager knows of a request that holds pages, and which object it is."""
 
-    __slots__ = ("num_published", "request", "seq_id")
+    __slots__ = ("request", "seq_id")
 
-    def __init__(self, request: Request, seq_id: int, num_published: int) -> None:
-        self.request, self.seq_id, self.num_published = request, seq_id, num_published
+    def __init__(self, request: Request, seq_id: int) -> None:
+        self.request, self.seq_id = request, seq_id

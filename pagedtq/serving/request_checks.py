@@ -13,8 +13,8 @@ from ..paging.block_keys import token_array
 from .request import Blocks, Request
 
 #: Keys and, for whoever is told, tokens of blocks that are to be published.
-Due: TypeAlias = tuple[Sequence[bytes], Int32 | None]
-NOTHING_DUE: Due = (), None
+Due: TypeAlias = tuple[list[bytes], Int32 | None]
+NOTHING_DUE: Due = [], None
 
 
 def blocks_due(
@@ -35,19 +35,40 @@ def blocks_due(
     keys = block_hashes(request, done, count)
     if not with_tokens:
         return keys, None
-    tokens = request.all_token_ids[done * block_size : (done + len(keys)) * block_size]
-    return keys, token_array(f"request {request.request_id}: all_token_ids", tokens)
+    try:
+        tokens = request.all_token_ids[done * block_size : (done + len(keys)) * block_size]
+    except TypeError:
+        raise ArgumentTypeError(
+            f"request {request.request_id}: all_token_ids must be a sequence of tokens, "
+            f"got {type(request.all_token_ids).__name__}"
+        ) from None
+    array = token_array(f"request {request.request_id}: all_token_ids", tokens)
+    if array.size != len(keys) * block_size:
+        raise ArgumentError(
+            f"request {request.request_id}: all_token_ids ends before the {len(keys)} blocks that "
+            f"are due: expected {len(keys) * block_size} tokens from {done * block_size} on, "
+            f"got {array.size}"
+        )
+    return keys, array
 
 
-def block_hashes(request: Request, first: int, stop: int) -> Sequence[bytes]:
+def block_hashes(request: Request, first: int, stop: int) -> list[bytes]:
     """Return the hashes of blocks ``[first, stop)``, fewer if the request has no more.
 
     Raises
     ------
     ArgumentTypeError
-        If one is not bytes.
+        If one is not bytes, or they are no sequence.
     """
-    keys = request.block_hashes[first:stop]
+    try:
+        keys = request.block_hashes[first:stop]
+        if type(keys) is not list:
+            keys = list(keys)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"request {request.request_id}: block_hashes must be a sequence of bytes, "
+            f"got {type(request.block_hashes).__name__}"
+        ) from None
     if not ONLY_BYTES.issuperset(map(type, keys)):
         kinds = sorted({type(key).__name__ for key in keys if not isinstance(key, bytes)})
         if kinds:

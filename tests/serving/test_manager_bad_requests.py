@@ -16,7 +16,7 @@ from pagedtq.serving import BlockManager, Blocks
 def everything(manager):
     """All that a refused call must leave alone."""
     tables, prefix = manager.tables, manager.tables.prefix
-    held = {name: (one.seq_id, one.num_published) for name, one in manager._holdings.items()}
+    held = {name: one.seq_id for name, one in manager._holdings.items()}
     return (
         tables.pool.ref_counts.tolist(),
         tables.pool.free_ids().tolist(),
@@ -150,7 +150,7 @@ REFUSED = {
     "found blocks with hashes that are text": (
         lambda m, r: m.allocate_slots(other(block_hashes=["a", "b"]), 8, 32, Blocks([1, 2])),
         ArgumentTypeError,
-        "request 1: a block key must be bytes, got str; look its blocks up again",
+        "request 1: block hashes must be bytes, got str",
     ),
     "more found blocks than hashes": (
         lambda m, r: m.allocate_slots(other(block_hashes=[]), 8, 32, Blocks([1, 2])),

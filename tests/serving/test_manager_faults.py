@@ -12,7 +12,7 @@ from tests.table_snapshot import logical
 
 def state(manager, **options):
     holdings = {
-        name: (manager.get_block_ids(name), holding.num_published)
+        name: (manager.get_block_ids(name), manager.tables.num_published(holding.seq_id))
         for name, holding in manager._holdings.items()
     }
     events = None if manager._log is None else list(manager._log._events)
