@@ -77,17 +77,15 @@ class OneRow(Steps):
         """Make room in one sequence for positions below ``length``; return its new pages.
 
         This is `reserve` and `commit` of one sequence; a shorter length changes nothing. Nothing is
-        published, see `publish_keys`. A sequence that shares its open page gets a page of its own
-        there, which is not among those returned: copy the bytes of the page that `block_table`
-        showed before.
+        published, see `publish_keys`, and nothing has to be copied.
 
         Raises
         ------
         OutOfPages, OutOfWindowSlots
             If it does not fit, or would leave less than ``keep_free`` pages free.
         StepError
-            If a step is open, or the sequence shares its exact window with a fork: a plan of
-            `reserve` says what has to be copied.
+            If a step is open, or the sequence shares its open page or its exact window: then bytes
+            have to be copied, and a plan of `reserve` says which.
         """
         if self._step is not None:
             self._refuse_open_step("lengthen")
@@ -120,17 +118,16 @@ class OneRow(Steps):
         first, stop = -(-old // size), -(-length // size)
         open_page = self._table.item(row, old // size) if old % size else 0
         need, free = stop - first, self.pool.num_free - keep_free
-        shared = bool(open_page and self.pool.num_shared)
-        shared = shared and self.pool.ref_counts.item(open_page) > 1
-        if need + shared and need + shared > free:
-            raise OutOfPages(need + shared, max(free, 0), self.pool.num_pages - 1)
-        if self.window_tokens or shared:
-            slot = self._slot.item(row)
-            if slot >= 0 and self.windows.ref_counts[slot] > 1:
-                raise StepError(
-                    f"sequence {seq_id} shares its exact window with a fork: append with reserve, "
-                    "whose plan says what has to be copied"
-                )
+        shared = self.pool.num_shared and open_page and self.pool.ref_counts.item(open_page) > 1
+        slot = self._slot.item(row) if self.window_tokens else -1
+        if shared or (slot >= 0 and self.windows.ref_counts.item(slot) > 1):
+            raise StepError(
+                f"sequence {seq_id} shares its {'open page' if shared else 'exact window'}: append "
+                "with reserve, whose plan says what has to be copied"
+            )
+        if need and need > free:
+            raise OutOfPages(need, max(free, 0), self.pool.num_pages - 1)
+        if self.window_tokens:
             plan = self._reserve(np.array([seq_id]), length - old)
             self._end_step(plan, "commit")
             taken: list[int] = self._table[row, first:stop].tolist()

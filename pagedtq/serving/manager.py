@@ -293,6 +293,8 @@ class BlockManager(ManagerViews):
                 taken = self._lengthen(holding.seq_id, target, reserved)
             except OutOfPages:
                 return None
+            except StepError as error:
+                raise StepError(f"request {name}: {error}") from error
             if due is not NOTHING_DUE:
                 self._publish(holding.seq_id, due)
             return Blocks(taken) if taken else NO_BLOCKS

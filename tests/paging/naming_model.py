@@ -12,7 +12,7 @@ from sharing_model import Replay, SharedSequence
 from swap_model import SharedSwapping
 from token_layers import CLEARED
 
-from pagedtq.errors import ArgumentError, CapacityError, OutOfPages
+from pagedtq.errors import ArgumentError, CapacityError, OutOfPages, StepError
 
 #: Where sequences begin that name their own blocks: no other sequence may find these.
 OPAQUE = b"opaque"
@@ -169,7 +169,13 @@ class NamingCache(SharedSwapping):
         assert not tables.window_tokens
         old = len(sequence.tokens)
         need, _ = self._demand({seq_id: count})
-        free = tables.pool.num_free
+        free, was = tables.pool.num_free, tables.block_table([seq_id])[0]
+        if count and old % size and self.forked(was[old // size]):
+            before = self.snapshot()
+            with pytest.raises(StepError, match="shares its open page: append with reserve"):
+                tables.lengthen(seq_id, old + count, keep_free)
+            assert before == self.snapshot()
+            return
         if need and need > free - keep_free:
             before = self.snapshot()
             with pytest.raises(OutOfPages) as caught:
@@ -178,18 +184,15 @@ class NamingCache(SharedSwapping):
             assert before == self.snapshot()
             return
         ids, values = self._tokens_of({seq_id: count})
-        was = tables.block_table([seq_id])[0]
         new = tables.lengthen(seq_id, old + count, keep_free)
         now = tables.block_table([seq_id])[0]
         first = -(-old // size)
         assert now[first : first + len(new)].tolist() == new
         assert tables.pool.num_free == free - need
-        copied = np.flatnonzero(was[:first] != now[:first])
-        assert copied.tolist() in ([], [first - 1])
+        assert was[:first].tolist() == now[:first].tolist()
         slots = tables.slots_of(seq_id, np.arange(old, old + count))
         for layer in self.layers:
             rows = layer.pages.reshape(-1, size)
-            rows[now[copied]] = rows[was[copied]]
             rows[new] = CLEARED
             layer.pages[slots] = values
         sequence.tokens += values.tolist()

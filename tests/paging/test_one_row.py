@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -78,17 +80,33 @@ def test_inside_its_open_page_a_sequence_grows_without_a_page():
     assert tables.length_of(seq_id) == 9
 
 
-def test_an_open_page_of_two_owners_is_left_to_the_other():
-    tables = tables_of()
+@pytest.mark.parametrize(("window", "what"), [(0, "open page"), (P, "open page"), (P, "window")])
+@pytest.mark.parametrize("length", [7, 20])
+def test_a_sequence_whose_bytes_must_be_copied_first_is_not_lengthened(window, what, length):
+    """Only a plan says what to copy: without one the owners would write over each other."""
+    options = {"window_tokens": window, "num_window_slots": 3 if window else 0}
+    tables = tables_of(**options)
     parent = tables.open()
-    tables.lengthen(parent, 6)
+    tables.lengthen(parent, 4 if what == "window" else 6)
     child = tables.fork(parent)
-    assert tables.lengthen(child, 7) == []
-    assert (pages_of(tables, parent), pages_of(tables, child)) == ([1, 2], [1, 3])
-    assert tables.pool.ref_counts[[1, 2, 3]].tolist() == [2, 1, 1]
+    for seq_id in (parent, child):
+        message = f"sequence {seq_id} shares its .*{what}: append with reserve, whose plan says"
+        refused(tables, StepError, message, partial(tables.lengthen, seq_id, length))
+    append(tables, child, 1)
     # The last owner writes in place.
-    assert tables.lengthen(parent, 7) == []
-    assert pages_of(tables, parent) == [1, 2]
+    assert tables.lengthen(parent, 7) == ([] if what == "open page" else [3])
+    assert pages_of(tables, parent)[0] == pages_of(tables, child)[0]
+    assert not set(pages_of(tables, parent)[1:]) & set(pages_of(tables, child)[1:])
+    tables.check_integrity()
+
+
+@pytest.mark.parametrize("window", [0, P])
+def test_lengthening_publishes_nothing(window):
+    tables = tables_of(window_tokens=window, num_window_slots=3 if window else 0)
+    seq_id = tables.open(range(8))
+    tables.lengthen(seq_id, 6)
+    tables.lengthen(seq_id, 8)
+    assert held(tables) == {}
     tables.check_integrity()
 
 
@@ -134,16 +152,6 @@ def test_pages_that_must_stay_free_are_not_taken(keep_free):
     # Inside the open page none is taken, and six may stay.
     assert tables.lengthen(seq_id, 8, keep_free) == []
     assert tables.lengthen(seq_id, 16, 6) == [3, 4]
-
-
-def test_a_copy_of_the_open_page_counts_against_what_must_stay_free():
-    tables = tables_of(11)
-    parent = tables.open()
-    tables.lengthen(parent, 6)
-    child = tables.fork(parent)
-    error = refused(tables, OutOfPages, "need 1 page", lambda: tables.lengthen(child, 7, 8))
-    assert (error.need, error.free) == (1, 0)
-    assert tables.lengthen(child, 7, 7) == []
 
 
 @pytest.mark.parametrize(

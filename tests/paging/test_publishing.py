@@ -114,17 +114,6 @@ def test_blocks_are_named_only_when_they_are_whole():
     assert held(tables) == {1: b"a", 2: b"b"}
 
 
-def test_growing_within_a_page_of_a_fork_copies_it():
-    tables = tables_of()
-    parent = tables.open_on([], [])
-    assert tables.lengthen(parent, 6) == [1, 2]
-    child = tables.fork(parent)
-    tables.lengthen(child, 7)
-    assert tables.block_table([parent, child]).tolist() == [[1, 2], [1, 3]]
-    assert tables.pool.ref_counts[[1, 2, 3]].tolist() == [2, 1, 1]
-    tables.check_integrity()
-
-
 def test_growing_within_a_page_that_can_be_found_takes_its_block_away():
     tables = tables_of()
     seq_id = tables.open_on([], [])

@@ -8,8 +8,15 @@ import threading
 import numpy as np
 import pytest
 
-from pagedtq.errors import ArgumentError, CapacityError, ConcurrentCallError, StepError
+from pagedtq.errors import (
+    ArgumentError,
+    CapacityError,
+    ConcurrentCallError,
+    StepError,
+    UnknownSequence,
+)
 from pagedtq.paging import EvictionPlan, PageTables, Retention, SharingOptions, eviction
+from pagedtq.paging.sequence_rows import NO_BATCH
 from tests.table_snapshot import snapshot
 
 TYPED = (ConcurrentCallError, StepError, CapacityError)
@@ -204,3 +211,50 @@ def test_no_call_comes_between_the_checks_of_several_plans_and_what_they_do(monk
     assert refused == ids
     assert tables.truncate(ids[0], 4).size == 2
     tables.check_integrity()
+
+
+QUERIES = {
+    "pages_needed": lambda t, ids: t.pages_needed(ids, 1),
+    "check_distinct": lambda t, ids: t.check_distinct(ids),
+    "extract": lambda t, ids: t.extract(ids, False),
+    "block_table": lambda t, ids: t.block_table(ids),
+    "reads": lambda t, ids: t.reads(ids, False),
+}
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_a_query_that_is_overtaken_does_not_make_a_closed_sequence_known(name, monkeypatch):
+    """Queries need no turn, so another thread may close what they look at in their middle."""
+    tables = PageTables(4, 30)
+    ids = tables.open_many(2)
+    tables.commit(tables.reserve(ids, 3))
+    # Not the batch that the tables know already.
+    ids = ids[::-1].copy()
+    find, overtaken = tables._rows_of, []
+
+    def slowly(seq_ids):
+        rows = find(seq_ids)
+        if not overtaken:
+            overtaken.append(True)
+            tables.close(ids)
+            tables.open_many(2)
+        return rows
+
+    monkeypatch.setattr(tables, "_rows_of", slowly)
+    QUERIES[name](tables, ids)
+    assert overtaken
+    monkeypatch.undo()
+    for call in (lambda: tables.reserve(ids, 1), lambda: tables.close(ids)):
+        with pytest.raises(UnknownSequence):
+            call()
+    tables.check_integrity()
+
+
+@pytest.mark.parametrize("name", QUERIES)
+def test_a_query_leaves_nothing_behind(name):
+    tables = PageTables(4, 30)
+    ids = tables.open_many(3)
+    tables.commit(tables.reserve(ids, 3))
+    tables._batch, tables._scratch[:] = NO_BATCH, 7
+    QUERIES[name](tables, ids[:2])
+    assert tables._batch is NO_BATCH and (tables._scratch == 7).all()

@@ -7,11 +7,20 @@ class StalePages(Exception):
     """A page that was found holds its block no longer."""
 
 
+class SharedPage(Exception):
+    """The page that would be written on has another owner."""
+
+
 class Held:
-    """What a request holds: its pages, the positions there is room for, and what was published."""
+    """What a request holds: its pages, the positions there is room for, and what was published.
+
+    ``hidden`` says whether some positions are not read, ``taint`` from where on tokens were
+    computed without some (None without any).
+    """
 
     def __init__(self, pages: list[int], room: int) -> None:
         self.pages, self.room, self.published = pages, room, len(pages)
+        self.hidden, self.taint = False, None
 
 
 class NaiveManager:
@@ -55,6 +64,8 @@ class NaiveManager:
         length = min(request.num_tokens, self.longest)
         if whole and max(self.blocks(length) - have, 0) + extra > len(self.free):
             return None
+        if held is not None and room > held.room and self.owners_of_open_page(held) > 1:
+            raise SharedPage
         if held is None:
             for page, key in zip(found, request.block_hashes, strict=False):
                 if self.key_of.get(page) != key:
@@ -69,7 +80,14 @@ class NaiveManager:
             self.publish(request, min(reach, room))
         return taken
 
+    def owners_of_open_page(self, held: Held) -> int:
+        """Owners of the page that the next position goes to, if something is in it already."""
+        return self.owners[held.pages[held.room // self.size]] if held.room % self.size else 0
+
     def grow(self, held: Held, room: int) -> list[int]:
+        if room > held.room and held.room % self.size:
+            # It will hold other tokens than its block says.
+            self.forget(held.pages[held.room // self.size])
         taken = [self.take() for _ in range(self.blocks(room) - self.blocks(held.room))]
         held.pages += taken
         held.room = max(held.room, room)
@@ -87,15 +105,39 @@ class NaiveManager:
         if not self.caching or stop <= held.published:
             return
         for block in range(held.published, stop):
+            if held.taint is not None and (block + 1) * self.size > held.taint:
+                break
             key, page = request.block_hashes[block], held.pages[block]
             self.key_of[page] = key
             self.pages_of.setdefault(key, []).append(page)
         held.published = stop
 
+    def hide(self, request, hidden: bool) -> None:
+        """Let some of a request's positions be read no longer, or all again."""
+        held = self.held[request.request_id]
+        held.hidden = hidden
+        if hidden and held.taint is None:
+            held.taint = held.room
+
+    def truncate(self, request, length: int) -> list[int]:
+        """Cut a request; return the pages that nobody owns now."""
+        held = self.held[request.request_id]
+        keep = self.blocks(length)
+        freed = self.drop(held.pages[keep:])
+        del held.pages[keep:]
+        held.room, held.published = length, min(held.published, length // self.size)
+        if held.taint is not None:
+            cleared = length <= held.taint and not held.hidden
+            held.taint = None if cleared else min(held.taint, length)
+        return freed
+
     def release(self, request) -> list[int]:
         """Free a request; return the pages that nobody owns now."""
-        held, freed = self.held.pop(request.request_id, Held([], 0)), []
-        for page in reversed(held.pages):
+        return self.drop(self.held.pop(request.request_id, Held([], 0)).pages)
+
+    def drop(self, pages: list[int]) -> list[int]:
+        freed = []
+        for page in reversed(pages):
             self.owners[page] -= 1
             if not self.owners[page]:
                 freed.append(page)

@@ -20,10 +20,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from naive_manager import NaiveManager, StalePages
+from naive_manager import NaiveManager, SharedPage, StalePages
 from served import manager_of, request_of
 
-from pagedtq.errors import ArgumentError, OutOfPages
+from pagedtq.errors import ArgumentError, OutOfPages, StepError
 from pagedtq.serving import AllBlocksCleared, BlockRemoved, Blocks, BlockStored
 
 SIZE, PAGES, POISON, DRAFT = 4, 14, -7, -1000
@@ -128,8 +128,13 @@ def machine_for(caching, longest, watermark, totals):
         # -- the engine's side ---------------------------------------------------------------
 
         def expected(self, request, count):
-            tokens = request.all_token_ids[:count].tolist()
-            return self.engine.context(self.salts[request.request_id], tokens)
+            tokens, salt = request.all_token_ids[:count].tolist(), self.salts[request.request_id]
+            values, held = self.engine.context(salt, tokens), self.naive.held[request.request_id]
+            if held.taint is not None:
+                # What is computed without some tokens is worth nothing to others.
+                own = self.engine.context((salt, request.request_id), tokens)
+                values[held.taint :] = own[held.taint :]
+            return values
 
         def compute(self, request, start, stop):
             """Write the positions of known tokens; those found before must read right."""
@@ -164,6 +169,13 @@ def machine_for(caching, longest, watermark, totals):
                     self.manager.allocate_slots(request, new, *given, **arguments)
                 assert before == self.state()
                 totals["stale"] += 1
+                return None
+            except SharedPage:
+                message = f"request {request.request_id}: .* shares its open page: append with"
+                with pytest.raises(StepError, match=message):
+                    self.manager.allocate_slots(request, new, *given, **arguments)
+                assert before == self.state()
+                totals["shared"] += 1
                 return None
             blocks = self.manager.allocate_slots(request, new, *given, **arguments)
             if expected is None:
@@ -311,6 +323,7 @@ def machine_for(caching, longest, watermark, totals):
                 one
                 for one in chosen.values()
                 if one.num_computed_tokens == rooms[one.request_id].room < limit
+                and self.naive.owners_of_open_page(rooms[one.request_id]) < 2
             ]
             if not batch:
                 return
@@ -341,6 +354,38 @@ def machine_for(caching, longest, watermark, totals):
             count = computed if count is None else min(count, computed)
             self.manager.cache_blocks(request, count)
             self.naive.publish(request, count)
+
+        # -- somebody works on their sequences -----------------------------------------------
+
+        @precondition(lambda self: self.usable())
+        @rule(
+            index=INDEX,
+            length=st.one_of(st.integers(0, 20), st.integers(0, 4).map(SIZE.__mul__)),
+            inside=st.booleans(),
+        )
+        def truncate(self, index, length, inside):
+            request = self.pick(self.usable(), index)
+            owners = [self.naive.owners[page] for page in self.naive.held[request.request_id].pages]
+            if inside and max(owners, default=1) > 1:
+                length = owners.index(max(owners)) * SIZE + 1 + length % (SIZE - 1)
+            length = min(length, request.num_computed_tokens)
+            totals["cut"] += length < request.num_computed_tokens
+            freed = self.manager.tables.truncate(
+                self.manager.sequence_of(request.request_id), length
+            )
+            assert freed.tolist() == self.naive.truncate(request, length)
+            self.engine.pages[[p for p in freed.tolist() if p not in self.naive.key_of]] = POISON
+            request.num_computed_tokens = length
+
+        @precondition(lambda self: self.usable())
+        @rule(index=INDEX, hidden=st.booleans())
+        def hide(self, index, hidden):
+            request = self.pick(self.usable(), index)
+            hidden = hidden and self.naive.held[request.request_id].room >= SIZE
+            seq_id = self.manager.sequence_of(request.request_id)
+            self.manager.tables.set_start(seq_id, 0, SIZE if hidden else 0)
+            self.naive.hide(request, hidden)
+            totals["hidden"] += hidden
 
         # -- requests go ---------------------------------------------------------------------
 
@@ -466,12 +511,13 @@ def test_no_sequence_of_calls_gives_a_page_or_a_block_to_the_wrong_request(
     run_state_machine_as_test(
         machine_for(caching, longest, watermark, totals),
         settings=settings(
-            max_examples=40,
+            max_examples=150,
             stateful_step_count=50,
             derandomize=True,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
-    reached = {"refused", "rejected"} | ({"found", "stale"} if caching else set())
+    reached = {"refused", "rejected", "cut", "hidden"}
+    reached |= {"found", "stale", "shared"} if caching else set()
     assert all(totals[what] for what in reached), totals

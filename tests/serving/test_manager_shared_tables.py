@@ -7,7 +7,7 @@ import pytest
 from served import admit, manager_of, request_of
 from test_manager_bad_requests import everything
 
-from pagedtq.errors import ArgumentError, ArgumentTypeError
+from pagedtq.errors import ArgumentError, ArgumentTypeError, StepError
 from pagedtq.paging import PageTables, SharingOptions
 from pagedtq.serving import GenerationRequest, Scheduler, SchedulerOptions
 
@@ -75,9 +75,26 @@ def test_blocks_named_otherwise_by_somebody_else_are_refused_before_a_page_is_ta
         lambda: manager.allocate_slots(request, 4),
         lambda: manager.cache_blocks(request, 16),
     ):
-        with pytest.raises(ArgumentError, match="other keys|has room for 12 tokens"):
+        with pytest.raises(ArgumentError, match=r"other keys|has room for 12 tokens"):
             call()
         assert everything(manager) == before
+
+
+def test_a_block_of_another_request_is_not_written_on():
+    manager, request = running()
+    other = request_of("b", [*TOKENS, 99], SIZE)
+    assert admit(manager, other) == ([1, 2, 3], [4])
+    manager.tables.truncate(manager.sequence_of("a"), 10)
+    request.num_computed_tokens = 10
+    before = everything(manager)
+    with pytest.raises(StepError, match=r"request a: sequence \d+ shares its open page"):
+        manager.allocate_slots(request, 2)
+    assert everything(manager) == before
+    # Cut back to whole blocks, it computes the block again beside the other one.
+    manager.tables.truncate(manager.sequence_of("a"), 8)
+    request.num_computed_tokens = 8
+    assert list(manager.allocate_slots(request, 4).page_ids) == [5]
+    manager.tables.check_integrity()
 
 
 PRUNINGS = {
