@@ -116,7 +116,7 @@ class BlockManager(ManagerViews):
         # The tables' own turn: a request and its sequence change together.
         self._turn = tables.turn
         self._open_on, self._close = unguarded(tables.open_on), unguarded(tables.close)
-        self._lengthen, self._num_published = unguarded(tables.lengthen), tables.num_published
+        self._lengthen = unguarded(tables.lengthen)
 
     # -- looking up --------------------------------------------------------------------------
 
@@ -257,7 +257,6 @@ class BlockManager(ManagerViews):
             if holding is None:
                 if computed:
                     raise computed_before(name, computed)
-                done = len(pages)
             else:
                 if holding.request is not request:
                     raise another_request(name)
@@ -266,8 +265,6 @@ class BlockManager(ManagerViews):
                         f"request {name} holds blocks already; pass computed blocks with its first "
                         "tokens only, or free it before"
                     )
-                # The tables know: whoever cuts a sequence there cuts what it has published.
-                done = self._num_published(holding.seq_id)
             reach = computed + found + external + new
             target = whole = reach + lookahead
             if full_sequence_must_fit:
@@ -277,9 +274,12 @@ class BlockManager(ManagerViews):
             # Most steps complete no block, so look before anything else is asked of the request.
             # What is wrong with its blocks must be known before anything is taken.
             due = NOTHING_DUE
-            if self.enable_caching and not delay_cache_blocks and reach // size > done:
-                # No more than there is room for.
-                due = self._due(request, done, min(reach, target), holding)
+            if self.enable_caching and not delay_cache_blocks:
+                # The tables know: whoever cuts a sequence there cuts what it has published.
+                done = len(pages) if holding is None else tables._published.item(holding.row)
+                if reach // size > done:
+                    # No more than there is room for.
+                    due = self._due(request, done, min(reach, target), holding)
             if holding is None:
                 beside = self.watermark_blocks if has_scheduled_reqs else 0
                 return self._admit(request, pages, whole, target, reserved, beside, due)
@@ -336,7 +336,7 @@ class BlockManager(ManagerViews):
             self._close(seq_id)
             tables.prefix_queries, tables.prefix_hits = lookups
             raise
-        self._holdings[name] = Holding(request, seq_id)
+        self._holdings[name] = Holding(request, seq_id, tables._row_of(seq_id))
         # The blocks found are published, so those due begin with the pages taken.
         self._publish(seq_id, due, taken)
         return Blocks(taken) if taken else NO_BLOCKS
@@ -361,7 +361,7 @@ class BlockManager(ManagerViews):
                 f"request {name}: num_computed_tokens is {computed}, but it has room for {room} "
                 "tokens; allocate slots for the others before"
             )
-        done = self._num_published(holding.seq_id)
+        done = self.tables.num_published(holding.seq_id)
         self._publish(holding.seq_id, self._due(request, done, computed, holding))
 
     # -- giving back -------------------------------------------------------------------------

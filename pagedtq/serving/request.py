@@ -170,9 +170,9 @@ class Blocks:
 
 
 class Holding:
-    """What a manager knows of a request that holds pages, and which object it is."""
+    """What a manager knows of a request that holds pages: which object it is, its id and row."""
 
-    __slots__ = ("request", "seq_id")
+    __slots__ = ("request", "row", "seq_id")
 
-    def __init__(self, request: Request, seq_id: int) -> None:
-        self.request, self.seq_id = request, seq_id
+    def __init__(self, request: Request, seq_id: int, row: int) -> None:
+        self.request, self.seq_id, self.row = request, seq_id, row
