@@ -36,6 +36,7 @@ HEADS, GROUP, SPREAD = 2, 4, 3.0
 #: Ways to multiply: keys, values as bytes.
 WAYS = {"halves": (False, False), "keys as bytes": (True, False), "both as bytes": (True, True)}
 DIMS = (64, 96, 128, 256)
+COUNTED = ("codes", "codes that differ", "norms", "norms that differ")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     publish(
         "kernel_accuracy",
-        rows,
+        [{name: row.get(name) for name in ("what", *COUNTED, *WAYS)} for row in rows],
         notes=(
             f"store: head dim 128; {count} tokens of {HEADS} heads in each of {', '.join(KINDS)}",
             f"attend: sequences of 300 and 77 tokens, group {GROUP}, one query token each",
@@ -71,8 +72,7 @@ def store_row(form: str, count: int, seed: int) -> dict[str, object]:
         device = store_both(host, keys, values, slots, kind)
         found = compare_pages(host.layout, device.pool, host.pool)
         totals += (found.codes, found.codes_differ, found.norms, found.norms_differ)
-    names = ("codes", "codes that differ", "norms", "norms that differ")
-    return {"what": f"store {form}", **dict(zip(names, totals.tolist(), strict=True))}
+    return {"what": f"store {form}", **dict(zip(COUNTED, totals.tolist(), strict=True))}
 
 
 def attend_row(name: str, dim: int, seed: int) -> dict[str, object]:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from benchmarks.figure_style import GREY, LINE, STYLE
-from docs.plots import EXACT, KEYS, NORMS, SHARED, VALUES, measured_figures
+from docs.plots import EXACT, KEYS, NORMS, SHARED, VALUES, digest_of, measured_figures
 from pagedtq import preset
 from pagedtq.paging.layout import PageLayout
 
@@ -190,9 +190,12 @@ def draw_all(folder: Path) -> None:
     """Write a file per figure into a folder, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     for draw in (page, window, *measured_figures):
+        metadata = {"Date": None}
+        if draw in measured_figures:
+            metadata["Description"] = digest_of(measured_figures[draw])
         with mpl.rc_context(STYLE):
             figure = draw()
-            figure.savefig(folder / f"{draw.__name__}.svg", metadata={"Date": None})
+            figure.savefig(folder / f"{draw.__name__}.svg", metadata=metadata)
         plt.close(figure)
 
 

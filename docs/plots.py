@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,11 @@ def measured(name: str) -> list[dict[str, Any]]:
     results = Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json"
     rows: list[dict[str, Any]] = json.loads(results.read_text(encoding="utf-8"))["rows"]
     return rows
+
+
+def digest_of(name: str) -> str:
+    """Return what a figure keeps of the result it was drawn from, to be known as stale by."""
+    return hashlib.sha256(json.dumps(measured(name), sort_keys=True).encode()).hexdigest()
 
 
 def append() -> plt.Figure:
@@ -112,6 +118,16 @@ def fidelity() -> plt.Figure:
     return figure
 
 
+#: Names that would lie on others, or on markers: their offsets, and which end is at the marker.
+_BESIDE = {
+    "vllm-3bit_nc": ((6, 8), "left"),
+    "k3v4": ((2, 6), "center"),
+    "kivi2-r128": ((-6, -5), "right"),
+    "k3v3-w64": ((-8, -2), "right"),
+    "k4v4-w16, page 16": ((8, 1), "left"),
+}
+
+
 def _points(
     axes: Axes,
     rows: list[dict[str, Any]],
@@ -126,7 +142,8 @@ def _points(
     for row, x, y in zip(rows, xs, ys, strict=True):
         name = row["setting"].split(" (")[0].replace("-centred", "").replace("-w0", "")
         if offset is not None:
-            axes.annotate(name, (x, y), offset, textcoords="offset points", fontsize=6.5, ha=side)
+            place, at = _BESIDE.get(name, (offset, side))
+            axes.annotate(name, (x, y), place, textcoords="offset points", fontsize=6.5, ha=at)
 
 
 def sensitivities() -> plt.Figure:
@@ -151,4 +168,11 @@ def sensitivities() -> plt.Figure:
     return figure
 
 
-measured_figures = (append, step_cost, hit_rate, fidelity, sensitivities)
+#: Every figure, and the result that it shows.
+measured_figures = {
+    append: "compat_append",
+    step_cost: "step_cost",
+    hit_rate: "hit_rate",
+    fidelity: "fidelity",
+    sensitivities: "fidelity",
+}
