@@ -34,6 +34,11 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], Callable[[Row], bool]]] = {
         (),
         lambda row: row["window"] in (0, 64) and row["logit std"] == 10,
     ),
+    "kernel_accuracy": (
+        "How exact are the CUDA kernels, run on the CPU?",
+        (),
+        lambda row: True,
+    ),
     "formats": ("How many bytes does a token take?", (), lambda row: True),
     "exact_window": (
         "What does the exact window buy when recent keys matter?",

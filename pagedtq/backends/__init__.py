@@ -83,7 +83,15 @@ def select_backend(
 
 
 def why_not_cuda(config: CacheConfig, accumulate: str = "float32") -> str | None:
-    """Say why ``"auto"`` does not pick CUDA for a configuration; None if it does."""
+    """Say why ``"auto"`` does not pick CUDA for a configuration; None if it does.
+
+    Parameters
+    ----------
+    config : CacheConfig
+        The configuration.
+    accumulate : str
+        What the host backend would sum in, see `create_backend`.
+    """
     from .cupy_device import missing_cuda
 
     missing = missing_cuda()

@@ -139,17 +139,55 @@ class PagedKVCache(CacheWrites):
         return self.tables.reset_prefix_cache()
 
     def close(self, seq_ids: SeqIds) -> None:
-        """Close sequences; pages that nobody else holds become free, on the host too."""
+        """Close sequences; pages that nobody else holds become free, on the host too.
+
+        Parameters
+        ----------
+        seq_ids : int or integers
+            Open sequences, each at most once, swapped out or not.
+
+        Raises
+        ------
+        UnknownSequence, ArgumentError, ArgumentTypeError
+            For bad ids.
+        StepError
+            If a step is open.
+        """
         self._freed(self.tables.close(self._ids(seq_ids)))
 
     def fork(self, seq_id: int) -> int:
-        """Open a sequence that shares all pages of another; the first to write copies."""
+        """Open a sequence that shares all pages of another; the first to write copies.
+
+        Parameters
+        ----------
+        seq_id : int
+            The other one.
+
+        Returns
+        -------
+        int
+            The new sequence's id.
+
+        Raises
+        ------
+        UnknownSequence, ArgumentTypeError
+            For a bad id.
+        StepError
+            If a step is open, or the sequence is swapped out.
+        """
         child = self.tables.fork(seq_id)
         self._after_change()
         return child
 
     def truncate(self, seq_id: int, length: int) -> None:
         """Cut a sequence to its first ``length`` tokens; nothing is re-encoded.
+
+        Parameters
+        ----------
+        seq_id : int
+            The sequence.
+        length : int
+            Tokens that stay, at most as many as there are.
 
         Raises
         ------

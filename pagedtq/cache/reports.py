@@ -22,10 +22,23 @@ SHADOW_WARNING = (
 class CacheStats(msgspec.Struct, frozen=True, kw_only=True):
     """Counts of pages, window slots, sequences and tokens; all of them integers.
 
-    ``pages_cached`` of the free pages hold a block that a new sequence can begin with.
-    ``resident_tokens`` are positions whose page is held, per sequence (shared pages count for
-    each), ``resident_slots`` the slots of these pages; ``logical_tokens`` include evicted ones.
-    ``pages_parked`` wait for a fence; ``num_swapped`` of the sequences are on the host.
+    Attributes
+    ----------
+    num_pages : int
+        Pages of the pool: used, free and parked ones, and the null page.
+    pages_used, pages_free, pages_parked : int
+        Pages with an owner, without one, and without one behind a fence.
+    pages_shared, pages_cached : int
+        Pages with several owners; free ones that hold a block a new sequence can begin with.
+    window_slots_used, window_slots_free : int
+        Exact windows.
+    num_sequences, num_swapped : int
+        Open sequences, and those of them that are on the host.
+    logical_tokens, resident_tokens, resident_slots : int
+        Tokens of all sequences; those of them whose page is held (shared pages count for each
+        owner); the slots of these pages.
+    host_pages, host_pages_used : int
+        The pool of the host, and what sequences hold of it.
     """
 
     num_pages: int

@@ -129,7 +129,17 @@ def codebook(head_dim: int, width: int) -> Codebook:
 
 
 def density(head_dim: int, u: npt.ArrayLike) -> Floats:
-    """Evaluate the density of ``sqrt(d)`` times a coordinate of a random unit vector."""
+    """Evaluate the density of ``sqrt(d)`` times a coordinate of a random unit vector.
+
+    It is proportional to ``(1 - u**2 / d)**((d - 3) / 2)`` (TurboQuant, Lemma 1, rescaled).
+
+    Parameters
+    ----------
+    head_dim : int
+        Dimension ``d`` of the vector.
+    u : float64 array of any shape
+        Where to evaluate it; 0 outside ``[-sqrt(d), sqrt(d)]``.
+    """
     scaled = np.square(np.asarray(u, np.float64)) / head_dim
     log_scale = (
         math.lgamma(head_dim / 2)
@@ -142,7 +152,15 @@ def density(head_dim: int, u: npt.ArrayLike) -> Floats:
 
 
 def distortion(head_dim: int, magnitudes: npt.ArrayLike) -> float:
-    """Return the exact mean squared error of a symmetric quantizer of the density."""
+    """Return the exact mean squared error of a symmetric quantizer of the density.
+
+    Parameters
+    ----------
+    head_dim : int
+        Dimension of the density.
+    magnitudes : float64[2**(width-1)]
+        The positive levels, ascending; cells end half-way between neighbours.
+    """
     levels = np.asarray(magnitudes, np.float64)
     nodes, weights = _cells(head_dim, levels)
     return float(2.0 * np.sum(weights * np.square(nodes - levels[:, None])))
@@ -154,6 +172,13 @@ def lloyd_max(head_dim: int, width: int) -> Floats:
     Newton's method on the conditions "each magnitude is the mean of its cell" (a tridiagonal
     system), started from the asymptotic optimum, whose point density is ``p**(1/3)`` (Panter and
     Dite). Plain Lloyd iteration needs over 15 000 rounds at 6 bits.
+
+    Parameters
+    ----------
+    head_dim : int
+        Dimension of the density.
+    width : int
+        Bits of a code.
     """
     levels = _compander(head_dim, 1 << (width - 1))
     loss = distortion(head_dim, levels)

@@ -95,6 +95,10 @@ def attention(
     key, value : Tensor ``[batch, num_kv_heads, n, head_dim]``
     attention_mask : bool Tensor ``[batch, 1, n, n]`` or None
         True where a query reads a key; None: causal, unless the module says otherwise.
+    scaling : float, optional
+        Of the logits; ``head_dim ** -0.5`` by default.
+    softcap : float, optional
+        Bends logits ``l`` to ``softcap * tanh(l / softcap)``.
     """
     how = _CURRENT.get()
     layer: int = module.layer_idx

@@ -75,6 +75,8 @@ class BlockHasher:
             Key of the block before; the root by default.
         extras : mapping of block to bytes, optional
             As `extras_of` returns it.
+        first_block : int
+            Index of the first block in its sequence, which ``extras`` count by.
         """
         size, hashed = self.page_size, self._hash
         count = len(tokens) // size

@@ -44,6 +44,15 @@ def code_rows(bits: int, head_dim: int, stream: str) -> CodeRows:
     of 16; every other case is one little-endian bit row. The sign row of keys serves groups of 8
     code bytes with 4 sign bytes, that of values groups of 4 with 2 (the pair interleave doubles
     both in memory), so that one 32-bit sign word always serves two 32-bit code words.
+
+    Parameters
+    ----------
+    bits : int
+        Width of a code.
+    head_dim : int
+        Codes of a token.
+    stream : {"keys", "values"}
+        Which stream they are of.
     """
     if bits == 3 and head_dim % 16 == 0:
         period = sign_period(stream)

@@ -222,7 +222,10 @@ class ShadowedCache(PagedKVCache):
         window_left: int | None = None,
         alibi_slopes: object = None,
     ) -> tuple[Array, Array]:
-        """Attend, and compare with exact attention where there are shadows."""
+        """Attend, and compare with exact attention where there are shadows.
+
+        Parameters, results and errors are those of `PagedKVCache.attend`.
+        """
         options: dict[str, Any] = {
             "soft_cap": soft_cap,
             "sink_logits": sink_logits,

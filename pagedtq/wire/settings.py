@@ -118,6 +118,11 @@ def save_settings(settings: CacheSettings, path: AnyPath) -> None:
 def load_settings(path: AnyPath) -> CacheSettings:
     """Read what `save_settings` wrote.
 
+    Parameters
+    ----------
+    path : str or Path
+        The file.
+
     Raises
     ------
     WireMalformed, WireVersion

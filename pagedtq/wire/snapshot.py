@@ -121,6 +121,11 @@ def load_cache(
 def read_config(path: AnyPath) -> CacheConfig:
     """Return the configuration of the cache a file came from; pages and windows are not read.
 
+    Parameters
+    ----------
+    path : str or Path
+        A snapshot.
+
     Raises
     ------
     WireError

@@ -174,6 +174,11 @@ def model_digest(model: Any) -> str:
 
     Weights count in bfloat16, so that a bfloat16 checkpoint has one digest however it is loaded.
 
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        A decoder with its weights.
+
     Raises
     ------
     UnsupportedError
