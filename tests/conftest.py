@@ -14,7 +14,7 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["PAGEDTQ_BACKEND"] = "host"
 
 # Claims that several test modules import explain their failures too.
-pytest.register_assert_rewrite("tests.parity.claims", "tests.parity.twins")
+pytest.register_assert_rewrite("tests.parity.claims", "tests.parity.poison", "tests.parity.twins")
 
 settings.register_profile(
     "pagedtq",

@@ -6,6 +6,7 @@ import pytest
 
 from tests.parity.cases import Case, all_cases, make_config
 from tests.parity.claims import *  # noqa: F403
+from tests.parity.poison import *  # noqa: F403
 from tests.parity.twins import Twins
 
 

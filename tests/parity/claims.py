@@ -137,6 +137,9 @@ def test_caps_sinks_and_sliding_windows_mean_what_they_mean_on_the_host(device):
     for options in ({"soft_cap": 2.0}, {"window_left": 20}, {"sink_logits": logits}):
         twins.check_attend(0, members, 4, [2, 3], **options)
     twins.check_attend(0, members, 4, [2, 3], chunk=True, sink_logits=logits, window_left=9)
+    # Of a chunk this long, caps and windows bend and narrow what it reads of itself.
+    for options in ({"soft_cap": 2.0}, {"window_left": 4}):
+        twins.check_attend(0, members, 4, [20, 30], chunk=True, **options)
 
 
 def test_a_prompt_longer_than_the_ring_sees_its_sinks_no_sooner_than_they_come(device):
@@ -155,6 +158,16 @@ def test_one_plan_serves_calls_of_any_group_size(device):
     # Of 16 query rows a unit takes, groups of 4 and 16 have one and three units a sequence.
     for group in (4, 16, 4):
         twins.check_attend(0, members, group, [3, 3])
+    assert len(twins.cuda.backend._plans) == 1
+
+
+def test_a_plan_follows_query_tokens_that_come_to_other_sequences(device):
+    twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=1), device)
+    members = [twins.open(), twins.open()]
+    twins.append(members, (70, 33))
+    # One shape, so one plan: what was shared out for the first call is stale in the second.
+    for q_lens in ([1, 5], [5, 1]):
+        twins.check_attend(0, members, 4, q_lens)
     assert len(twins.cuda.backend._plans) == 1
 
 
@@ -183,6 +196,19 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(device):
         one = cache.attend(0, queries[i : i + 1], twins.members(members[i : i + 1], 1))
         for whole, alone in zip(together, one):
             assert np.array_equal(whole[i], twins.fetch(alone)[0])
+
+
+def test_by_default_a_sequence_gets_the_same_within_the_bound_alone_and_in_a_batch(device):
+    config = make_config("k4v4", 64, 16, window=16, num_layers=1, num_pages=100)
+    twins = Twins(config, device)
+    members = [twins.open() for _ in range(3)]
+    # Where few blocks run side by side, the first has six parts alone, and four in the batch.
+    twins.append(members, (1300, 40, 150))
+    queries, cache = twins.queries(3, 4), twins.cuda
+    out, lse = map(twins.fetch, cache.attend(0, queries, twins.members(members, 1)))
+    for i in range(3):
+        alone = cache.attend(0, queries[i : i + 1], twins.members(members[i : i + 1], 1))
+        twins.check_state(*map(twins.fetch, alone), out[i : i + 1], lse[i : i + 1])
 
 
 def test_a_captured_graph_replays_after_lengths_grew(device):

@@ -12,6 +12,7 @@ from harness_device import HarnessDevice
 from pagedtq import Exact, LayerOverride
 from tests.parity.cases import make_config, small_cases
 from tests.parity.claims import *  # noqa: F403
+from tests.parity.poison import *  # noqa: F403
 from tests.parity.twins import Twins
 
 
@@ -66,8 +67,9 @@ def test_arrays_of_the_device_and_of_numpy_do_not_mix(device):
         device.zeros((3,), np.float32) + np.ones(3, np.float32)
 
 
-def test_a_captured_graph_holds_the_planner_once_per_pass_over_the_layers(device):
-    twins = Twins(make_config("k4v4", 64, 16, window=0), device)
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_a_captured_graph_holds_the_planner_once_per_pass_over_the_layers(device, num_layers):
+    twins = Twins(make_config("k4v4", 64, 16, window=0, num_layers=num_layers), device)
     twins.append([twins.open()], [40])
     tables, ids = twins.cuda.tables, twins.members([0], 1)
     plan = twins.cuda.backend.plan(1, 8)
@@ -80,11 +82,11 @@ def test_a_captured_graph_holds_the_planner_once_per_pass_over_the_layers(device
     plan.attend(0, queries, 0.1, **state)
     for _ in range(2):
         with device.capture() as graph:
-            for layer in (0, 1):
+            for layer in range(num_layers):
                 plan.attend(layer, queries, 0.1, **state)
         kernels = [launch.kernel for launch in graph.launches]
         assert kernels.count("plan_splits") == 1 and kernels[0] == "plan_splits"
-        assert kernels.count("attend") == 2
+        assert kernels.count("attend") == num_layers
 
 
 def test_work_arrays_that_a_captured_graph_writes_outlive_larger_ones(device):
