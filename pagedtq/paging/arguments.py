@@ -23,6 +23,10 @@ INT64 = np.dtype(np.int64)
 #: What ``issuperset(map(type, values))`` proves of hundreds of values in a microsecond.
 ONLY_INT, ONLY_BYTES = frozenset((int,)), frozenset((bytes,))
 
+INT64_MAX = (1 << 63) - 1
+#: What has a length, and no integers in an order.
+NO_SEQUENCES = str, bytes, dict, set, frozenset
+
 #: No count of tokens is larger; keeps every sum of a step inside int64.
 MAX_TOKENS = 1 << 40
 
@@ -42,8 +46,14 @@ def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     number = int(value)
     if number < low or (high is not None and number > high):
         bounds = f">= {low}" if high is None else f"in [{low}, {high}]"
-        raise ArgumentError(f"{name} must be {bounds}, got {number}")
+        raise ArgumentError(f"{name} must be {bounds}, got {shown(number)}")
     return number
+
+
+def shown(number: int) -> str:
+    """Return an integer as a message shows it: Python refuses to write very long ones."""
+    bits = number.bit_length()
+    return str(number) if bits <= 256 else f"an integer of {bits} bits"
 
 
 def integers(name: str, values: Integers) -> Int64:
@@ -54,14 +64,35 @@ def integers(name: str, values: Integers) -> Int64:
     ArgumentTypeError
         If an element is no integer; a bool is none.
     ArgumentError
+        If the values are not one-dimensional, or one does not fit int64.
+    """
+    if type(values) is np.ndarray and values.dtype is INT64 and values.ndim == 1:
+        return values
+    array = integer_array(name, values)
+    if array.dtype.kind != "i" and array.size and int(array.max()) > INT64_MAX:
+        raise _does_not_fit(name, array)
+    try:
+        return array.astype(np.int64, copy=False)
+    except OverflowError:
+        raise _does_not_fit(name, array) from None
+
+
+def integer_array(name: str, values: Integers) -> npt.NDArray[Any]:
+    """Return ``values`` as a one-dimensional array in which every value is what it was.
+
+    Its dtype is one of integers, or ``object`` if NumPy has none for all of the values.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If an element is no integer; a bool is none.
+    ArgumentError
         If the values are not one-dimensional.
     """
     if isinstance(values, np.ndarray):
-        if values.dtype is INT64 and values.ndim == 1:
-            return values  # type: ignore[return-value]
-        array = values
+        array: npt.NDArray[Any] = values
     else:
-        if not hasattr(values, "__len__"):
+        if not hasattr(values, "__len__") or isinstance(values, NO_SEQUENCES):
             raise ArgumentTypeError(
                 f"{name} must be a sequence of integers, got {type(values).__name__}"
             )
@@ -70,13 +101,27 @@ def integers(name: str, values: Integers) -> Int64:
             raise ArgumentTypeError(f"{name} must be integers, got a bool")
         try:
             array = np.asarray(values) if len(values) else np.empty(0, np.int64)
-        except ValueError as error:
+            # Integers of which one needs more than 63 bits become floats or objects.
+            if array.dtype.kind in "fO" and all(isinstance(v, int | np.integer) for v in values):
+                array = np.array([int(value) for value in values], object)
+                return array
+        except (ValueError, OverflowError) as error:
             raise ArgumentTypeError(f"{name} must be a flat sequence of integers") from error
     if array.dtype.kind not in "iu":
         raise ArgumentTypeError(f"{name} must be integers, got dtype {array.dtype}")
     if array.ndim != 1:
         raise ArgumentError(f"{name} must be one-dimensional, got shape {array.shape}")
-    return array.astype(np.int64, copy=False)
+    return array
+
+
+def _does_not_fit(name: str, array: npt.NDArray[Any]) -> ArgumentError:
+    """Return what is raised for integers of which one is too large or too small for int64."""
+    at, worst = next(
+        (at, value)
+        for at, value in enumerate(array.tolist())
+        if not -INT64_MAX - 1 <= value <= INT64_MAX
+    )
+    return ArgumentError(f"{name} must fit int64, got {shown(worst)} at {at}")
 
 
 def token_counts(name: str, values: int | Integers, num_members: int) -> Int64:

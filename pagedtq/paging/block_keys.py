@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, ArgumentTypeError, TokenRangeError
-from .arguments import Int32, integer, integers
+from .arguments import Int32, integer, integer_array, shown
 
 HashName: TypeAlias = Literal["sha256", "blake2b"]
 Hasher: TypeAlias = Callable[[bytes], Any]
@@ -160,15 +160,12 @@ def token_array(name: str, tokens: Sequence[int] | npt.NDArray[Any]) -> Int32:
     """
     if isinstance(tokens, np.ndarray) and tokens.dtype == RAW_TOKENS and tokens.ndim == 1:
         return tokens
-    if isinstance(tokens, np.ndarray) and tokens.dtype == np.uint64:
-        # As int64 the large ones would pass for small negative ones.
-        wide = np.where(tokens > INT32.max, 1 << 62, tokens).astype(np.int64)
-    else:
-        wide = integers(name, tokens)
+    # Not as int64: there the largest ones would pass for small negative ones.
+    wide = integer_array(name, tokens)
     if wide.size and (int(wide.min()) < INT32.min or int(wide.max()) > INT32.max):
         index = int(np.flatnonzero((wide < INT32.min) | (wide > INT32.max))[0])
-        token = int(tokens[index])
-        raise TokenRangeError(f"{name} must fit int32, got {token} at {index}", token, index)
+        token = int(wide[index])
+        raise TokenRangeError(f"{name} must fit int32, got {shown(token)} at {index}", token, index)
     return wide.astype(np.int32)
 
 
