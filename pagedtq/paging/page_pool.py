@@ -23,7 +23,8 @@ ARRAY = np.ndarray
 class CountedPool:
     """Ids ``first .. first + count - 1``, each free or held by a number of owners.
 
-    ``first - 1`` stands for "none" and is skipped wherever ids are given.
+    ``first - 1`` stands for "none" in rows of tables. It has no owners, so it is refused like any
+    other id that is not there; rows of tables are given to `_retain_row` and `_release_row`.
 
     Parameters
     ----------
@@ -134,6 +135,19 @@ class CountedPool:
         if owned.size:
             self._add_owners(owned)
 
+    def _retain_row(self, row: Int32) -> None:
+        """Do what `retain` does, of what a row of a table holds: ids, and "none"."""
+        self.retain(self._present(row))
+
+    def _release_row(self, row: Int32) -> Int32:
+        """Do what `release` does, of what a row of a table holds: ids, and "none"."""
+        return self.release(self._present(row))
+
+    def _present(self, row: Int32) -> Int32:
+        """Return the ids of a row without "none"."""
+        present = row >= self._first
+        return row if np.count_nonzero(present) == row.size else row[present]
+
     def release(self, ids: Integers) -> Int32:
         """Take one owner from each id; one that is given twice loses two.
 
@@ -183,7 +197,7 @@ class CountedPool:
         """Release ids if no id has two owners; tell whether it was done, else nothing changed."""
         if self._shared:
             return False
-        # As unsigned numbers the negative ones are too large; "none" has no owner.
+        # As unsigned numbers the negative ones are too large; the null page has no owner.
         at = ids.view(np.uint32).astype(np.intp)
         try:
             owned = np.count_nonzero(self._refs.take(at))
@@ -276,7 +290,7 @@ class CountedPool:
         self._shared += int(np.count_nonzero(last & (before <= 1) & (self._refs.take(ids) > 1)))
 
     def _owned(self, ids: Integers, operation: str) -> Int64:
-        """Return the ids without the skipped "none", checked to be in range and owned."""
+        """Return the ids, checked to be in range and owned."""
         array = self._in_range(ids, operation)
         refs = self._refs.take(array)
         if not refs.all():
@@ -288,15 +302,12 @@ class CountedPool:
         array = integers(self.noun, ids)
         if array.size == 0:
             return array
-        lowest, highest = int(array.min()), int(array.max())
-        if lowest == self._first - 1:
-            array = array[array != lowest]
-            lowest = int(array.min()) if array.size else self._first
-        if lowest < self._first or highest >= self._refs.size:
+        if int(array.min()) < self._first or int(array.max()) >= self._refs.size:
             worst = int(array[(array < self._first) | (array >= self._refs.size)][0])
+            null = f", the null {self.noun}, which nobody owns" if worst == 0 else ""
             raise ArgumentError(
                 f"{operation}: {self.noun} must be in [{self._first}, {self._refs.size - 1}], "
-                f"got {worst}"
+                f"got {worst}{null}"
             )
         return array
 
@@ -311,7 +322,7 @@ class CountedPool:
 class PagePool(CountedPool):
     """All pages of one memory tier: who owns them, and which are free.
 
-    Page 0 is the null page: never handed out, never released, skipped where given.
+    Page 0 is the null page: never handed out, refused where it is given.
 
     Parameters
     ----------
@@ -353,7 +364,7 @@ class PagePool(CountedPool):
 
     def untouch(self, pages: Integers) -> None:
         """Undo the `touch` of these pages, if nothing was released since."""
-        wanted, times = np.unique(self._in_range(pages, "untouch"), return_counts=True)
+        wanted, times = np.unique(self._owned(pages, "untouch"), return_counts=True)
         before = self._refs[wanted]
         after = before - times.astype(np.int32)
         self._refs[wanted] = after

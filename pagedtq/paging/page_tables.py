@@ -134,7 +134,7 @@ class PageTables(Adoption, Swaps, OneRow):
         self.version += 1
         freed = self._drop_blocks(here, np.zeros(here.size, np.int64))
         if self.window_tokens:
-            self.windows.release(self._slot[here])
+            self.windows._release_row(self._slot[here])
         self._drop_swapped(rows[here.size :])
         self._recycle_rows(rows)
         return freed
@@ -147,11 +147,11 @@ class PageTables(Adoption, Swaps, OneRow):
         new_id, new_rows = self._new_rows(1)
         row, new_row = self._row_of(seq_id), int(new_rows[0])
         self.version += 1
-        self.pool.retain(self._table[row])
+        self.pool._retain_row(self._table[row])
         self._fields[:, new_row] = self._fields[:, row]
         self._table[new_row] = self._table[row]
         self._slot[new_row] = self._slot[row]
-        self.windows.retain(self._slot[row : row + 1])
+        self.windows._retain_row(self._slot[row : row + 1])
         self._share_chain(row, new_row)
         return int(new_id[0])
 

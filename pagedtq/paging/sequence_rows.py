@@ -322,9 +322,11 @@ class SequenceRows:
         pages = self._table[into, blocks]
         self._table[into, blocks] = 0
         self._touch(rows, first)
-        evicted = into[pages == 0]
+        null = pages == 0
+        evicted = into[null]
         if evicted.size:
             np.subtract.at(self._evicted, evicted, 1)
+            pages = pages[~null]
         return self._release_pages(pages)
 
     def _release_pages(self, pages: Int32) -> Int32:

@@ -320,7 +320,7 @@ class Steps(DecodeRuns):
             return NO_COPIES
         src = self._slot[rows[members]]
         self._slot[rows[members]] = slots
-        self.windows.release(src)
+        self.windows._release_row(src)
         used = leaving & (old.ring_start[members] < old.length[members])
         return PageCopies(src[used], slots[used])
 

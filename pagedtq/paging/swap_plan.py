@@ -77,7 +77,7 @@ class SwappedRow(NamedTuple):
 
 
 class HostPool(CountedPool):
-    """Pages of the host tier, numbered from 1; 0 stands for none.
+    """Pages of the host tier, numbered from 1; 0 stands for none in rows of tables.
 
     Attributes
     ----------

@@ -66,8 +66,9 @@ class SwappedRows(Steps):
             self._release_host(plan._entry_host_pages, plan._row_rings)
             return NO_PAGES
         self._away[plan._rows] = AWAY
-        self.windows.release(plan._row_slots)
-        return self._release_pages(plan._entry_pages[::-1])
+        self.windows._release_row(plan._row_slots)
+        pages = plan._entry_pages[::-1]
+        return self._release_pages(pages[pages > 0])
 
     def _begin(self, plan: SwapPlan, away: int) -> SwapPlan:
         if away == LEAVING:
@@ -117,7 +118,7 @@ class SwappedRows(Steps):
         freed = self._drop_blocks(rows, np.zeros(rows.size, np.int64))
         self._evicted[rows] = evicted
         if self.window_tokens:
-            self.windows.release(self._slot[rows])
+            self.windows._release_row(self._slot[rows])
             self._slot[rows] = -1
         self._away[rows] = AWAY
         # Only where the bytes stay in reach; the others are anyone's now.
@@ -164,8 +165,8 @@ class SwappedRows(Steps):
         self._num_away -= rows.size
 
     def _release_host(self, host_pages: Int32, rings: Int32) -> None:
-        self._twins.part_host(self.host.release(host_pages[::-1]))
-        self.host.rings.release(rings)
+        self._twins.part_host(self.host._release_row(host_pages[::-1]))
+        self.host.rings._release_row(rings)
 
     def _places(self, rows: Int64) -> tuple[Int64, Int64]:
         """Return member and index of each block of some rows."""

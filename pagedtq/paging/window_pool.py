@@ -27,7 +27,8 @@ class WindowPool(CountedPool):
     Parameters
     ----------
     num_slots : int
-        Slots, numbered from 0; -1 means none.
+        Slots, numbered from 0; -1 stands for none in rows of tables, and is refused where slots are
+        given.
     num_pages : int
         Pages of the pool the records belong to.
     """
@@ -101,7 +102,7 @@ class WindowPool(CountedPool):
         self.wake_records(array)
         records = self._record_of[array]
         self._record_of[array] = -1
-        self._records.release(records)
+        self._records._release_row(records)
 
     def take_records(self, count: int, pages: Int32, kept: Int32) -> Int32:
         """Take up to ``count`` records for pages to be named by `bind_records`.

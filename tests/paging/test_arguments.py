@@ -71,7 +71,7 @@ def test_a_token_beyond_int64_is_a_token_out_of_range(name):
 @pytest.mark.parametrize("name", NO_INTEGERS)
 @pytest.mark.parametrize("check", [integers, token_array])
 def test_what_holds_no_integers_is_of_the_wrong_type(check, name):
-    with pytest.raises(ArgumentTypeError, match="^slots must be"):
+    with pytest.raises(ArgumentTypeError, match=r"^slots must be"):
         check("slots", NO_INTEGERS[name])
 
 

@@ -57,12 +57,28 @@ def test_a_page_given_twice_joins_the_queue_at_its_last_occurrence():
     assert pool.release([1, 2, 1, 3]).tolist() == [2, 1, 3]
 
 
-def test_the_null_page_is_skipped():
+@pytest.mark.parametrize(
+    "pages", [[0], [0, 0], [0, 1, 2, 0], np.zeros(1, np.int32), np.zeros(20, np.int32)]
+)
+@pytest.mark.parametrize("verb", ["release", "retain", "touch", "untouch", "num_leaving"])
+def test_nobody_owns_the_null_page(verb, pages):
     pool = PagePool(4)
     pool.acquire(2)
-    pool.retain([0, 1, 0])
-    assert pool.release([0, 1, 2, 0]).tolist() == [2]
+    before = pool.ref_counts.tolist(), pool.free_ids().tolist()
+    with pytest.raises(ArgumentError, match=r"page must be in \[1, 3\], got 0, the null page"):
+        getattr(pool, verb)(pages)
+    assert before == (pool.ref_counts.tolist(), pool.free_ids().tolist())
+    pool.check_integrity()
+
+
+def test_rows_of_tables_may_hold_null_pages():
+    pool = PagePool(4)
+    pool.acquire(2)
+    pool._retain_row(np.array([0, 1, 0], np.int32))
+    assert pool._release_row(np.array([0, 1, 2, 0], np.int32)).tolist() == [2]
     assert pool.ref_counts.tolist() == [0, 1, 0, 0]
+    assert pool._release_row(np.zeros(3, np.int32)).size == 0
+    pool.check_integrity()
 
 
 def test_writers_that_share_an_id_copy_except_the_last_owner():
@@ -140,21 +156,15 @@ def test_a_refused_call_changes_nothing(call, error):
 
 @pytest.mark.parametrize("count", [1, 16, 17, 300])
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("bad", [-1, -(1 << 31), 400, (1 << 31) - 1, 399, "first", None])
+@pytest.mark.parametrize("bad", [0, -1, -(1 << 31), 400, (1 << 31) - 1, 399, "first"])
 def test_an_array_with_one_bad_page_is_refused_wherever_it_stands(count, shared, bad):
     pool = PagePool(400)
     pages = pool.acquire(398)
     if shared:
         pool.retain(pages[350:351])
     for place in {0, count // 2, count}:
-        ids = np.insert(pages[:count], place, pages[0] if bad == "first" else bad or 0)
+        ids = np.insert(pages[:count], place, pages[0] if bad == "first" else bad)
         before = pool.ref_counts.tolist(), pool.free_ids().tolist()
-        if bad is None:
-            # The null page is skipped.
-            assert pool.release(ids).tolist() == pages[:count].tolist()
-            assert np.array_equal(np.sort(pool.acquire(count + 1)), [*range(1, count + 1), 399])
-            assert not pool.num_free
-            return
         with pytest.raises(ArgumentError, match="release"):
             pool.release(ids)
         assert before == (pool.ref_counts.tolist(), pool.free_ids().tolist())
@@ -248,7 +258,9 @@ def test_window_slots_start_at_0_and_records_follow_pages():
     windows.check_integrity(np.array([1, 1]))
     windows.release_records([3, 4])
     assert windows.num_records_used == 1
-    assert windows.release([-1, 1]).tolist() == [1]
+    with pytest.raises(ArgumentError, match=r"window slot must be in \[0, 1\], got -1$"):
+        windows.release([-1, 1])
+    assert windows._release_row(np.array([-1, 1], np.int32)).tolist() == [1]
     windows.check_integrity(np.array([1, 0]))
     for pages in ([5], [6, 6], [0], [8]):
         with pytest.raises(ArgumentError):

@@ -152,6 +152,10 @@ CASES = {
     "release a page twice": (lambda w: w.tables.pool.release([1, 1, 1]), ArgumentError),
     "release a free page": (lambda w: w.tables.pool.release([19]), ArgumentError),
     "release a page out of range": (lambda w: w.tables.pool.release([1, 20]), ArgumentError),
+    "release the null page": (lambda w: w.tables.pool.release([1, 0]), ArgumentError),
+    "retain the null page": (lambda w: w.tables.pool.retain([0]), ArgumentError),
+    "release no slot": (lambda w: w.tables.windows.release([-1]), ArgumentError),
+    "release the null page of the host": (lambda w: w.tables.host.release([0]), ArgumentError),
     "release a negative page": (lambda w: w.tables.pool.release([-1]), ArgumentError),
     "release a free slot": (lambda w: w.tables.windows.release([2]), ArgumentError),
     "release a slot out of range": (lambda w: w.tables.windows.release([3]), ArgumentError),
@@ -277,9 +281,15 @@ def test_a_refusal_names_who_what_and_how_many(call, message):
         call(w)
 
 
-def test_releasing_the_null_page_changes_nothing():
+def test_sequences_whose_tables_hold_null_pages_are_forked_and_closed():
+    """As vLLM's block tables may; only a caller that names the null page is refused."""
     w = world()
-    before = snapshot(w.tables)
-    assert w.tables.pool.release([0, 0]).size == 0
-    assert w.tables.windows.release([-1]).size == 0
-    assert before == snapshot(w.tables)
+    assert (w.tables.block_table([w.a])[0, 1], w.tables.window_slots(w.new).tolist()) == (
+        0,
+        [-1] * 2,
+    )
+    child, empty = w.tables.fork(w.a), w.tables.fork(w.new[0])
+    assert w.tables.close([child, empty, *w.new]).size == 0
+    assert 0 not in w.tables.close([w.a, w.b]).tolist()
+    assert w.tables.pool.num_used == w.tables.windows.num_used == 0
+    w.tables.check_integrity()

@@ -355,7 +355,7 @@ def test_without_sharing_tokens_are_taken_and_nothing_is_found():
 
 REFUSED = {
     "tokens outside int32": (lambda t, s: t.open([2**31]), ArgumentError, "int32"),
-    "tokens outside int64": (lambda t, s: t.open([2**70]), ArgumentTypeError, "integers"),
+    "tokens outside int64": (lambda t, s: t.open([2**70]), TokenRangeError, "int32"),
     "huge unsigned tokens": (
         lambda t, s: t.open(np.array([2**64 - 1], np.uint64)),
         ArgumentError,
