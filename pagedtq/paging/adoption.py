@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import StepError
-from .arguments import Int32, Int64, Integers, ranges
+from .arguments import Int32, Int64, Integers, instance, ranges
 from .exclusive import exclusive
 from .sequence_image import SequenceImage, check_image
 from .steps import Steps
@@ -136,6 +136,7 @@ class Adoption(Steps):
             If a step is open.
         """
         self._refuse_open_step("adopt")
+        instance("image", image, SequenceImage)
         check_image(image, self.page_size, self.window_tokens, self.num_sinks, sealed_only)
         first_pages = image.first_pages(self.page_size) if self.num_sinks else image.blocks[:0]
         return AdoptionPlan(
@@ -157,7 +158,7 @@ class Adoption(Steps):
             If the tables changed since the plan was made, or a step is open.
         """
         self._refuse_open_step("adopt")
-        image = plan.image
+        image = instance("plan", plan, AdoptionPlan).image
         if (
             plan.version != self.version
             or not np.array_equal(plan.pages, self.pool.peek(image.num_pages))

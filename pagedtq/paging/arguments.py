@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,8 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 #: alone; a list of a thousand integers costs more to convert than the whole step.
 Integers: TypeAlias = Sequence[int] | npt.NDArray[np.integer[Any]]
 
+T = TypeVar("T")
+
 #: NumPy keeps one object for it: most arrays that come are of this very dtype.
 INT64 = np.dtype(np.int64)
 
@@ -29,6 +31,8 @@ NO_SEQUENCES = str, bytes, dict, set, frozenset
 
 #: No count of tokens is larger; keeps every sum of a step inside int64.
 MAX_TOKENS = 1 << 40
+#: No page holds more tokens, and no pool more pages: ids of pages are int32.
+MAX_PAGE_SIZE, MAX_PAGES = 1 << 24, (1 << 31) - 1
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
@@ -56,6 +60,46 @@ def shown(number: int) -> str:
     return str(number) if bits <= 256 else f"an integer of {bits} bits"
 
 
+def real(name: str, value: object, low: float, high: float | None = None) -> float:
+    """Return ``value`` as a ``float`` in ``[low, high]``.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is no number; a bool is none.
+    ArgumentError
+        If it is out of range or NaN, or too large for a float.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(
+        value, float | int | np.floating | np.integer
+    ):
+        raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not value >= low or (high is not None and value > high):
+        bounds = f">= {low:g}" if high is None else f"in [{low:g}, {high:g}]"
+        got = shown(value) if isinstance(value, int) else value
+        raise ArgumentError(f"{name} must be {bounds}, got {got}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ArgumentError(f"{name} must fit a float, got {shown(int(value))}") from None
+
+
+def instance(name: str, value: object, kind: type[T]) -> T:
+    """Return ``value``, which must be of a type of ours.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If it is not.
+    """
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise ArgumentTypeError(
+            f"{name} must be {article} {kind.__name__}, got {type(value).__name__}"
+        )
+    return value
+
+
 def integers(name: str, values: Integers) -> Int64:
     """Return ``values`` as ``int64[n]``, without a copy where it already is that.
 
@@ -67,7 +111,7 @@ def integers(name: str, values: Integers) -> Int64:
         If the values are not one-dimensional, or one does not fit int64.
     """
     if type(values) is np.ndarray and values.dtype is INT64 and values.ndim == 1:
-        return values
+        return values  # type: ignore[return-value]
     array = integer_array(name, values)
     if array.dtype.kind != "i" and array.size and int(array.max()) > INT64_MAX:
         raise _does_not_fit(name, array)

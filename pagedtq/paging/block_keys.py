@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, ArgumentTypeError, TokenRangeError
-from .arguments import Int32, integer, integer_array, shown
+from .arguments import MAX_PAGE_SIZE, ONLY_BYTES, Int32, integer, integer_array, shown
 
 HashName: TypeAlias = Literal["sha256", "blake2b"]
 Hasher: TypeAlias = Callable[[bytes], Any]
@@ -46,14 +46,14 @@ class BlockHasher:
     """
 
     def __init__(self, page_size: int, algorithm: HashName = "sha256") -> None:
-        self.page_size = integer("page_size", page_size, 1)
+        self.page_size = integer("page_size", page_size, 1, MAX_PAGE_SIZE)
         self._hash: Hasher
         if algorithm == "sha256":
             self._hash = hashlib.sha256
         elif algorithm == "blake2b":
             self._hash = _blake2b
         else:
-            raise ArgumentError(f"hash must be 'sha256' or 'blake2b', got {algorithm!r}")
+            raise unknown_hash(algorithm)
         # A block as one element of an array, which becomes the bytes of its tokens.
         self._block = np.dtype((np.void, 4 * self.page_size))
         self.root: bytes = self._hash(b"pagedtq.prefix.1").digest()
@@ -109,6 +109,12 @@ class BlockHasher:
         return added
 
 
+def unknown_hash(algorithm: object) -> ArgumentError:
+    """Return what is raised for a hash that is none of ours."""
+    got = repr(algorithm) if isinstance(algorithm, str) else type(algorithm).__name__
+    return ArgumentError(f"hash must be 'sha256' or 'blake2b', got {got}")
+
+
 def extras_of(salt: bytes, extra_keys: Mapping[int, bytes] | None) -> dict[int, bytes]:
     """Return what salt and extra keys add to the messages of their blocks.
 
@@ -144,6 +150,28 @@ def extras_of(salt: bytes, extra_keys: Mapping[int, bytes] | None) -> dict[int, 
         plain = extras.get(0, bytes(4))[4:]
         extras[0] = len(salt).to_bytes(4, "little") + salt + plain
     return extras
+
+
+def key_list(name: str, keys: Sequence[bytes] | bytes | str) -> list[bytes]:
+    """Return keys of blocks as a list.
+
+    Raises
+    ------
+    ArgumentTypeError
+        If they are no sequence, or one is not bytes.
+    """
+    if isinstance(keys, bytes | str):
+        raise ArgumentTypeError(f"{name} must be a sequence of bytes, got one key")
+    try:
+        listed = list(keys)
+    except TypeError:
+        raise ArgumentTypeError(
+            f"{name} must be a sequence of bytes, got {type(keys).__name__}"
+        ) from None
+    for key in () if ONLY_BYTES.issuperset(map(type, listed)) else listed:
+        if not isinstance(key, bytes):
+            raise ArgumentTypeError(f"a block key must be bytes, got {type(key).__name__}")
+    return listed
 
 
 def token_array(name: str, tokens: Sequence[int] | npt.NDArray[Any]) -> Int32:

@@ -11,7 +11,7 @@ from ..errors import ArgumentError, OutOfEvictablePages
 from .arguments import Int64, Integers, integer, integers
 from .candidates import BlockList, evictable_blocks
 from .eviction import EvictionPlan
-from .page_scores import PageRanking, matched_values
+from .page_scores import PageRanking, check_ranking, matched_values
 
 if TYPE_CHECKING:
     from .page_tables import PageTables
@@ -40,7 +40,8 @@ class EvictLowest:
     Raises
     ------
     ArgumentError, ArgumentTypeError
-        If both budgets or none are given, or a number is negative or no integer.
+        If both budgets or none are given, a number is negative or no integer, or what should rank
+        does not.
     """
 
     ranking: PageRanking
@@ -52,9 +53,10 @@ class EvictLowest:
     def __post_init__(self) -> None:
         if (self.max_tokens is None) == (self.max_pages is None):
             raise ArgumentError("give max_tokens or max_pages, one of the two")
-        for name in ("max_tokens", "max_pages", "first_tokens", "last_tokens"):
-            if getattr(self, name) is not None:
-                integer(name, getattr(self, name), 0)
+        budget = "max_pages" if self.max_tokens is None else "max_tokens"
+        for name in (budget, "first_tokens", "last_tokens"):
+            integer(name, getattr(self, name), 0)
+        check_ranking(self.ranking)
 
     def plan(self, tables: PageTables, seq_id: int) -> EvictionPlan:
         """Return what to drop now; changes nothing. Scores are only asked for if needed.
@@ -156,6 +158,7 @@ def plan_free(
         For bad ids, numbers or scores.
     """
     need = integer("num_pages", num_pages, 0)
+    check_ranking(ranking)
     ids = tables.resident_ids() if seq_ids is None else integers("seq_ids", seq_ids)
     found = evictable_blocks(tables, ids, first_tokens, last_tokens)
     if need == 0:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..errors import ArgumentError
-from .arguments import Int32, Int64, integer
+from ..errors import ArgumentError, ArgumentTypeError
+from .arguments import Int32, Int64, instance, integer
 from .exclusive import take_turn, unguarded
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def apply(tables: PageTables, plan: EvictionPlan) -> Int32:
     PagedTQError
         As `PageTables.evict`, if the sequence changed so that the plan no longer fits.
     """
+    instance("plan", plan, EvictionPlan)
     return tables.evict(plan.seq_id, plan.blocks, boundary=(plan.keep, plan.start))
 
 
@@ -117,8 +118,12 @@ def apply_all(tables: PageTables, plans: Iterable[EvictionPlan]) -> Int32:
     ConcurrentCallError
         If another call is at work in the tables.
     """
-    plans = list(plans)
-    if len({plan.seq_id for plan in plans}) != len(plans):
+    try:
+        plans = list(plans)
+    except TypeError:
+        raise ArgumentTypeError(f"plans must be several, got {type(plans).__name__}") from None
+    known = {tables.checked_id(instance("a plan", plan, EvictionPlan).seq_id) for plan in plans}
+    if len(known) != len(plans):
         raise ArgumentError("two plans are for the same sequence")
     evict = unguarded(tables.evict)
     # No other call comes between the checks and the changes.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import ArgumentError, CapacityError, IntegrityError, OutOfPages
-from .arguments import Bools, Int32, Int64, Integers, integer, integers
+from .arguments import MAX_PAGES, Bools, Int32, Int64, Integers, instance, integer, integers
 from .free_queue import FreeQueue
 
 #: Up to so many ids a loop is faster than NumPy's calls.
@@ -228,6 +228,7 @@ class CountedPool:
 
     def use_queue(self, queue: FreeQueue) -> None:
         """Let another queue, which holds the same ids, decide what is taken next."""
+        instance("queue", queue, FreeQueue)
         if self.num_parked or not np.array_equal(np.sort(queue.ids()), np.sort(self._queue.ids())):
             raise ArgumentError(f"the queue must hold the {len(self._queue)} free {self.noun}s")
         self._queue = queue
@@ -334,7 +335,7 @@ class PagePool(CountedPool):
     noun = "page"
 
     def __init__(self, num_pages: int) -> None:
-        super().__init__(1, integer("num_pages", num_pages, 2, (1 << 31) - 1) - 1)
+        super().__init__(1, integer("num_pages", num_pages, 2, MAX_PAGES) - 1)
         self.num_pages = self._count + 1
 
     def num_leaving(self, pages: Integers) -> int:

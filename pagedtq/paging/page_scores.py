@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ArgumentTypeError
 from .arguments import Int64, Integers, integer, integers
 from .candidates import BlockList, sealed_blocks
 
@@ -78,6 +78,19 @@ class PageRanking(Protocol):
     def score(self, tables: PageTables, seq_ids: Integers) -> PageScores:
         """Score blocks of a batch; changes nothing. Blocks left out are not evicted."""
         ...
+
+
+def check_ranking(ranking: PageRanking) -> None:
+    """Refuse what cannot score.
+
+    Raises
+    ------
+    ArgumentTypeError
+    """
+    # A class has the method too, but of nobody.
+    if isinstance(ranking, type) or not isinstance(ranking, PageRanking):
+        kind = ranking.__name__ if isinstance(ranking, type) else type(ranking).__name__
+        raise ArgumentTypeError(f"ranking must be a PageRanking, with a method score, got {kind}")
 
 
 @dataclass(frozen=True, slots=True)

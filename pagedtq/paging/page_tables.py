@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ..errors import ArgumentError, EvictedError
+from ..errors import ArgumentError, ArgumentTypeError, EvictedError
 from . import integrity
 from .adoption import Adoption
 from .arguments import Int32, Int64, Integers, integer, integers
@@ -221,7 +221,7 @@ class PageTables(Adoption, Swaps, OneRow):
         row = self._resident_row(seq_id, "evict from")
         dropped = np.sort(self._evictable(seq_id, row, integers("blocks", blocks)))[::-1]
         if boundary is not None:
-            self._hide(row, *self._checked_boundary(seq_id, row, *boundary))
+            self._hide(row, *self._checked_boundary(seq_id, row, *_pair(boundary)))
         if dropped.size == 0:
             return np.empty(0, np.int32)
         self.version += 1
@@ -240,7 +240,7 @@ class PageTables(Adoption, Swaps, OneRow):
         self._refuse_open_step("evict")
         row = self._resident_row(seq_id, "evict from")
         self._evictable(seq_id, row, integers("blocks", blocks))
-        self._checked_boundary(seq_id, row, *boundary)
+        self._checked_boundary(seq_id, row, *_pair(boundary))
 
     @exclusive
     def set_start(self, seq_id: int, keep: int, start: int) -> None:
@@ -298,3 +298,14 @@ class PageTables(Adoption, Swaps, OneRow):
                 f"exact window), got keep {keep}, start {start}"
             )
         return keep, start
+
+
+def _pair(boundary: tuple[int, int]) -> tuple[int, int]:
+    """Return a read boundary as two numbers, whatever these are."""
+    try:
+        keep, start = boundary
+    except (TypeError, ValueError):
+        raise ArgumentTypeError(
+            f"boundary must be a pair (keep, start), got {type(boundary).__name__}"
+        ) from None
+    return keep, start

@@ -14,7 +14,8 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import ArgumentError, ArgumentTypeError, IntegrityError
-from .arguments import Bools, Int32, Int64, integer
+from .arguments import MAX_PAGES, Bools, Int32, Int64, integer, integers
+from .block_keys import key_list, token_array
 
 #: Up to so many pages a loop is faster than NumPy's calls.
 FEW = 16
@@ -53,7 +54,7 @@ class PrefixIndex:
     """
 
     def __init__(self, num_pages: int) -> None:
-        count = integer("num_pages", num_pages, 2)
+        count = integer("num_pages", num_pages, 2, MAX_PAGES)
         self.observer: PrefixObserver | None = None
         self._first: dict[bytes, int] = {}
         # Keys that more than one page holds: those pages, the first one included, in order.
@@ -141,12 +142,16 @@ class PrefixIndex:
         Raises
         ------
         ArgumentTypeError
-            If a key is not bytes.
+            If a key is not bytes, a page no integer or a token none.
         ArgumentError
-            If a page is the null page, out of range, given twice, or holds a block already.
+            If a page is the null page, out of range, given twice, or holds a block already, there
+            is not one per key, or a token does not fit int32.
         """
+        keys, pages = key_list("keys", keys), integers("pages", pages).tolist()
         self._check(keys, pages)
-        self.enter(keys, pages, parent, tokens)
+        if parent is not None and not isinstance(parent, bytes):
+            raise ArgumentTypeError(f"parent must be bytes, got {type(parent).__name__}")
+        self.enter(keys, pages, parent, None if tokens is None else token_array("tokens", tokens))
 
     def enter(
         self,
@@ -269,9 +274,7 @@ class PrefixIndex:
             raise ArgumentError(f"expected one page per key, got {len(keys)} and {len(pages)}")
         if len(set(pages)) != len(pages):
             raise ArgumentError("a page to publish is given twice")
-        for key, page in zip(keys, pages, strict=True):
-            if not isinstance(key, bytes):
-                raise ArgumentTypeError(f"a block key must be bytes, got {type(key).__name__}")
+        for page in pages:
             if not 0 < page < len(self._keys):
                 raise ArgumentError(f"pages must be in [1, {len(self._keys) - 1}], got {page}")
             if self._keys[page] is not None:

@@ -12,20 +12,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, ArgumentTypeError, PinLimit
-from .arguments import Bools, Int32, Integers, integer, integers
+from .arguments import Bools, Int32, Integers, instance, integer, integers, real
 from .candidates import sealed_blocks
 from .exclusive import exclusive, take_turn
 from .page_scores import PageScores
+from .page_tables import PageTables
 from .retained_queue import DEFAULT_PRIORITY, HIGHEST_PRIORITY, queue_over
-
-if TYPE_CHECKING:
-    from .page_tables import PageTables
 
 
 class Retention:
@@ -51,7 +48,8 @@ class Retention:
     Raises
     ------
     ArgumentError, ArgumentTypeError
-        If the tables share nothing or have a retention already, or the share is out of range.
+        If the tables share nothing or have a retention already, the share is out of range, or the
+        clock cannot be called.
     ConcurrentCallError
         If another call is at work in the tables; as from every method that changes something.
     """
@@ -62,13 +60,11 @@ class Retention:
         max_pinned_share: float = 0.2,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if tables.prefix is None:
+        if instance("tables", tables, PageTables).prefix is None:
             raise ArgumentError("retention is about pages that can be found again: needs sharing")
-        if isinstance(max_pinned_share, bool) or not isinstance(max_pinned_share, float | int):
-            kind = type(max_pinned_share).__name__
-            raise ArgumentTypeError(f"max_pinned_share must be a number, got {kind}")
-        if not 0 <= max_pinned_share <= 1:
-            raise ArgumentError(f"max_pinned_share must be in [0, 1], got {max_pinned_share}")
+        max_pinned_share = real("max_pinned_share", max_pinned_share, 0, 1)
+        if not callable(clock):
+            raise ArgumentTypeError(f"clock must be callable, got {type(clock).__name__}")
         pool = tables.pool
         self._tables, self._turn = tables, tables.turn
         self.max_pinned = int(max_pinned_share * (pool.num_pages - 1))
@@ -142,11 +138,7 @@ class Retention:
         priority = integer("priority", priority, 0, HIGHEST_PRIORITY)
         lifetime = np.inf
         if seconds is not None:
-            if isinstance(seconds, bool) or not isinstance(seconds, float | int):
-                raise ArgumentTypeError(f"seconds must be a number, got {type(seconds).__name__}")
-            if not seconds >= 0:
-                raise ArgumentError(f"seconds must be >= 0, got {seconds}")
-            lifetime = float(seconds)
+            lifetime = real("seconds", seconds, 0)
         pages = self._range(seq_id, start, stop)
         pages = pages[pages > 0]
         self._queue.set_priority(pages, np.zeros(pages.size, np.bool_), priority, lifetime)
@@ -284,6 +276,9 @@ class ByPriority:
     """
 
     retention: Retention
+
+    def __post_init__(self) -> None:
+        instance("retention", self.retention, Retention)
 
     def score(self, tables: PageTables, seq_ids: Integers) -> PageScores:
         """Score a block by its page's priority; see `PageRanking`.

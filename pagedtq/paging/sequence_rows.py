@@ -13,7 +13,17 @@ from ..errors import (
     SwappedError,
     UnknownSequence,
 )
-from .arguments import Bools, Int32, Int64, Integers, integer, integers, ranges
+from .arguments import (
+    MAX_PAGE_SIZE,
+    MAX_TOKENS,
+    Bools,
+    Int32,
+    Int64,
+    Integers,
+    integer,
+    integers,
+    ranges,
+)
 from .exclusive import Turn
 from .fences import Fences
 from .page_pool import PagePool
@@ -74,8 +84,8 @@ class SequenceRows:
         num_sinks: int = 0,
         num_window_slots: int = 0,
     ) -> None:
-        self.page_size = integer("page_size", page_size, 1)
-        self.window_tokens = integer("window_tokens", window_tokens, 0)
+        self.page_size = integer("page_size", page_size, 1, MAX_PAGE_SIZE)
+        self.window_tokens = integer("window_tokens", window_tokens, 0, MAX_TOKENS)
         if self.window_tokens % self.page_size:
             raise ArgumentError(
                 f"window_tokens must be a multiple of page_size {page_size}, got {window_tokens}"

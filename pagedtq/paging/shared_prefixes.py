@@ -18,14 +18,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ArgumentError, ArgumentTypeError
-from .arguments import ONLY_BYTES, Int32, Int64, integer
-from .block_keys import RAW_TOKENS, BlockHasher, HashName, extras_of, token_array
+from ..errors import ArgumentError
+from .arguments import Int32, Int64, instance, integer
+from .block_keys import (
+    RAW_TOKENS,
+    BlockHasher,
+    HashName,
+    extras_of,
+    key_list,
+    token_array,
+    unknown_hash,
+)
 from .exclusive import exclusive
 from .prefix_index import PrefixIndex
 from .swap_plan import HostPool, SwappedRow, SwapPlan
@@ -51,11 +59,22 @@ class SharingOptions:
         is a query to begin with.
     verify_tokens : bool
         Compare the tokens of every block that is found with those wanted.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        If there is no such hash, or a choice is not True or False.
     """
 
     algorithm: HashName = "sha256"
     leave_last: bool = True
     verify_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.algorithm, str) or self.algorithm not in get_args(HashName):
+            raise unknown_hash(self.algorithm)
+        for name in ("leave_last", "verify_tokens"):
+            instance(name, getattr(self, name), bool)
 
 
 @dataclass(slots=True)
@@ -107,7 +126,7 @@ class SharedPrefixes(TableViews):
         num_host_pages: int = 0,
     ) -> None:
         super().__init__(page_size, num_pages, window_tokens, num_sinks, num_window_slots)
-        self.sharing = sharing
+        self.sharing = None if sharing is None else instance("sharing", sharing, SharingOptions)
         self.prefix = None if sharing is None else PrefixIndex(num_pages)
         self._hasher = BlockHasher(page_size, sharing.algorithm if sharing else "sha256")
         # Token ids of each page; only rows of pages whose tokens are known mean anything.
@@ -281,6 +300,7 @@ class SharedPrefixes(TableViews):
 
     def lengthened(self, chain: BlockChain, token_ids: Tokens) -> BlockChain:
         """Return what `prepare` would for a prompt and further tokens; hashes only these."""
+        instance("chain", chain, BlockChain)
         tokens = np.concatenate((chain.prompt, token_array("token_ids", token_ids)))
         done = len(chain.keys)
         keys = list(chain.keys)
@@ -292,6 +312,7 @@ class SharedPrefixes(TableViews):
 
     def find_pages(self, chain: BlockChain) -> list[int]:
         """Return the pages that `open` would begin with now; takes none of them."""
+        instance("chain", chain, BlockChain)
         tokens = None if chain.opaque else chain.prompt
         return self._found(chain.keys, chain.num_tokens, tokens)
 
@@ -379,20 +400,8 @@ class SharedPrefixes(TableViews):
 
 
 def opaque_keys(block_keys: Sequence[bytes] | bytes | str) -> list[bytes]:
-    """Return keys made by the caller as a list.
-
-    Raises
-    ------
-    ArgumentTypeError
-        If one is not bytes.
-    """
-    if isinstance(block_keys, bytes | str):
-        raise ArgumentTypeError("block_keys must be a sequence of bytes, got one key")
-    keys = list(block_keys)
-    for key in () if ONLY_BYTES.issuperset(map(type, keys)) else keys:
-        if not isinstance(key, bytes):
-            raise ArgumentTypeError(f"a block key must be bytes, got {type(key).__name__}")
-    return keys
+    """Return keys made by the caller as a list; see `key_list`."""
+    return key_list("block_keys", block_keys)
 
 
 NO_TOKENS: Int32 = np.empty(0, np.int32)

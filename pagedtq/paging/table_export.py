@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .arguments import Bools, Int32, Int64, Integers, integer, ranges
+from .arguments import MAX_PAGES, Bools, Int32, Int64, Integers, instance, integer, ranges
 from .page_tables import PageTables
+from .sequence_rows import ROW_MASK
 from .step_plan import NO_IDS
 from .table_views import PageIndices
 
@@ -67,8 +68,11 @@ class TableExport:
     _csr: PageIndices | None
 
     def __init__(self, tables: PageTables, max_sequences: int = 8, max_blocks: int = 8) -> None:
-        self._tables = tables
-        shape = integer("max_sequences", max_sequences, 1), integer("max_blocks", max_blocks, 1)
+        self._tables = instance("tables", tables, PageTables)
+        shape = (
+            integer("max_sequences", max_sequences, 1, ROW_MASK),
+            integer("max_blocks", max_blocks, 1, MAX_PAGES),
+        )
         self._allocate(*shape)
         self._size = 0
         self._lengths: Int64 = np.empty(0, np.int64)

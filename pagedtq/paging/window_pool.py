@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from ..errors import ArgumentError, IntegrityError, OutOfWindowSlots
-from .arguments import Int32, Int64, Integers, integer, integers
+from .arguments import MAX_PAGES, Int32, Int64, Integers, integer, integers
 from .page_pool import CountedPool
 
 
@@ -43,7 +43,7 @@ class WindowPool(CountedPool):
         # Pages without an owner whose records rest; the one that rests longest comes first.
         self._resting: dict[int, None] = {}
         self._fenced = False
-        self._record_of = np.full(integer("num_pages", num_pages, 2), -1, np.int32)
+        self._record_of = np.full(integer("num_pages", num_pages, 2, MAX_PAGES), -1, np.int32)
         view = self._record_of.view()
         view.flags.writeable = False
         self._record_view = view
