@@ -17,6 +17,9 @@ from .exclusive import exclusive
 from .shared_prefixes import BlockChain, opaque_keys
 from .steps import Steps
 
+#: What is looked into without a conversion.
+LISTED = list, tuple
+
 
 class OneRow(Steps):
     """Opening on found pages, growing, and publishing of single sequences."""
@@ -43,7 +46,7 @@ class OneRow(Steps):
         """
         keys: list[bytes] = []
         found: list[int] = []
-        if type(block_keys) is not list or block_keys or len(pages):
+        if type(block_keys) is not list or block_keys or type(pages) not in LISTED or pages:
             keys, found = self._blocks_held(block_keys, pages)
         if num_tokens is not None:
             num_tokens = integer("num_tokens", num_tokens, 0)
@@ -57,11 +60,12 @@ class OneRow(Steps):
     ) -> tuple[list[bytes], list[int]]:
         """Return keys and pages of blocks as lists, if each page holds its block."""
         keys = opaque_keys(block_keys)
-        if len(keys) != len(pages):
-            raise ArgumentError(f"expected one page per key, got {len(keys)} and {len(pages)}")
-        found = list(pages)
-        if not ONLY_INT.issuperset(map(type, found)):
-            found = integers("pages", found).tolist()
+        if type(pages) in LISTED and ONLY_INT.issuperset(map(type, pages)):
+            found = list(pages)
+        else:
+            found = integers("pages", pages).tolist()
+        if len(keys) != len(found):
+            raise ArgumentError(f"expected one page per key, got {len(keys)} and {len(found)}")
         prefix, last = self.prefix, self.pool.num_pages - 1
         within = not found or 0 < min(found) <= max(found) <= last
         if prefix is None or not within or list(map(prefix.key_of, found)) != keys:
@@ -81,6 +85,8 @@ class OneRow(Steps):
 
         Raises
         ------
+        UnknownSequence, ArgumentError, ArgumentTypeError
+            For a bad id or number.
         OutOfPages, OutOfWindowSlots
             If it does not fit, or would leave less than ``keep_free`` pages free.
         StepError
@@ -111,8 +117,10 @@ class OneRow(Steps):
         return self._lengthen(seq_id, row, old, length, keep_free)
 
     def _lengthen(self, seq_id: int, row: int, old: int, length: int, keep_free: int) -> list[int]:
-        """Do what `lengthen` does, of arguments that are checked."""
+        """Do what `lengthen` does, of a row and a length that are checked."""
         size = self.page_size
+        if type(keep_free) is not int or keep_free < 0:
+            keep_free = integer("keep_free", keep_free, 0)
         if length <= old:
             return []
         first, stop = -(-old // size), -(-length // size)
