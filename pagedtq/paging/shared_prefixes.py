@@ -205,7 +205,9 @@ class SharedPrefixes(TableViews):
             self.windows.release_records(self.windows.resting_pages)
             self.prefix.clear()
             if self.retention is not None:
-                self.retention._forget(self.pool.free_ids())
+                # Pages that wait for a fence held blocks too.
+                every = np.concatenate((self.pool.free_ids(), self.pool.parked_ids()))
+                self.retention._forget(every)
         return True
 
     @exclusive

@@ -504,3 +504,22 @@ def test_sequences_on_the_host_or_on_the_way_give_no_pages():
     tables.abort_swap(swap)
     eviction.apply_all(tables, plans)
     tables.check_integrity()
+
+
+def test_a_reset_takes_the_priorities_of_pages_that_wait_for_a_fence_too():
+    tables, retention, clock = tables_of()
+    seq, pages = admit(tables, prompt(1, 4))
+    retention.keep(seq, 90, 0, 32)
+    retention.keep(seq, 10, 32, 48, seconds=5.0)
+    fence = tables.fences.open()
+    tables.close(seq)
+    assert tables.pool.parked_ids().tolist() == pages[::-1]
+    assert tables.reset_prefix_cache()
+    assert set(retention.priorities.tolist()) == {DEFAULT_PRIORITY}
+    tables.check_integrity()
+    clock.now = 6.0
+    retention.refresh()
+    tables.fences.close(fence)
+    # In the order of release, as if nobody had ever wanted one of them more.
+    assert free_order(tables) == [5, 6, 7, 8, 9, 10, 4, 3, 2, 1]
+    tables.check_integrity()
