@@ -304,3 +304,19 @@ def test_a_batch_that_was_valid_is_looked_at_again_once_a_member_closed():
     assert tables.lengths([ids[0], newer, ids[2]]).tolist() == [3, 2, 5]
     with pytest.raises(ValueError, match="read-only"):
         plan.rows[0] = 7
+
+
+def test_a_member_of_a_step_may_append_nothing():
+    """A batch keeps its shape while some of its rows sit a step out."""
+    tables = PageTables(4, 20)
+    a, b = tables.open_many(2).tolist()
+    tables.commit(tables.reserve([a, b], [6, 3]))
+    child = tables.fork(a)
+    pages = tables.block_table([a, b]).tolist()
+    for counts in (0, [0, 0]):
+        plan = tables.reserve([a, b], counts)
+        assert (plan.num_tokens, plan.new_pages.size, plan.copy_src.size) == (0, 0, 0)
+        tables.commit(plan)
+    assert tables.reserve([a, b], [0, 1]).num_tokens == 1
+    assert tables.lengths([a, b, child]).tolist() == [6, 4, 6]
+    assert tables.block_table([a, b]).tolist() == pages
