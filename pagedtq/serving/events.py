@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
-from ..errors import ArgumentError
-from ..paging.arguments import Int32
+from ..errors import ArgumentTypeError
+from ..paging.arguments import MAX_PAGE_SIZE, Int32, integer
 
 #: Where blocks are, as vLLM names it.
 MEDIUM_GPU = "GPU"
@@ -83,14 +83,20 @@ class EventLog:
         Give hashes as their last 64 bits, as older subscribers expect; else as bytes.
     medium : str or None
         Where the blocks are.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        For a bad size or medium.
     """
 
     def __init__(
         self, block_size: int, *, int_hashes: bool = False, medium: str | None = MEDIUM_GPU
     ) -> None:
-        if block_size < 1:
-            raise ArgumentError(f"block_size must be >= 1, got {block_size}")
-        self.block_size, self.medium, self.int_hashes = block_size, medium, int_hashes
+        if medium is not None and not isinstance(medium, str):
+            raise ArgumentTypeError(f"medium must be a name or None, got {type(medium).__name__}")
+        self.block_size = integer("block_size", block_size, 1, MAX_PAGE_SIZE)
+        self.medium, self.int_hashes = medium, int_hashes
         self._events: list[BlockStored | BlockRemoved | AllBlocksCleared] = []
 
     def take(self) -> list[BlockStored | BlockRemoved | AllBlocksCleared]:

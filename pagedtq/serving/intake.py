@@ -122,7 +122,11 @@ class Intake(Planning):
         ConcurrentCallError
             If another call is at work in the scheduler.
         """
-        if request_id not in self._numbers:
+        try:
+            known = request_id in self._numbers
+        except TypeError:
+            known = False
+        if not known:
             raise UnknownRequest(
                 str(request_id), "neither waits nor runs here: it was never added, or has left"
             )

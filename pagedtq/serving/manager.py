@@ -39,6 +39,7 @@ from .request_checks import (
     computed_before,
     found_pages,
     known_tokens,
+    problem_of,
 )
 
 NO_BLOCKS = Blocks()
@@ -84,7 +85,8 @@ class BlockManager(ManagerViews):
     Raises
     ------
     ArgumentError, ArgumentTypeError
-        For bad numbers, or tables that do not fit.
+        For bad numbers, or tables that do not fit; if events are to be collected of tables that
+        have an observer already.
     UnsupportedError
         For tables that promise what a manager does not keep.
     """
@@ -112,6 +114,13 @@ class BlockManager(ManagerViews):
         self._stats = PrefixCacheStats() if log_stats and enable_caching else None
         self._log: EventLog | None = None
         if enable_events and tables.prefix is not None:
+            if tables.prefix.observer is not None:
+                kind = type(tables.prefix.observer).__name__
+                raise ArgumentError(
+                    f"these tables have an observer already, {kind}, which would hear of no change "
+                    "any more: take the events there, give each manager tables of its own, or set "
+                    "tables.prefix.observer to None before"
+                )
             self._log = tables.prefix.observer = EventLog(block_size)
         # The tables' own turn: a request and its sequence change together.
         self._turn = tables.turn
@@ -150,7 +159,13 @@ class BlockManager(ManagerViews):
             return NO_BLOCKS, 0
         if getattr(request, "skip_reading_prefix_cache", False):
             return NO_BLOCKS, 0
-        num_tokens = known_tokens(request)
+        try:
+            num_tokens = known_tokens(request)
+        except AttributeError:
+            problem = problem_of(request)
+            if problem is None:
+                raise
+            raise problem from None
         most = max(num_tokens - 1, 0) // self.block_size
         pages = prefix.longest(block_hashes(request, 0, most))
         found = len(pages) * self.block_size
@@ -298,6 +313,12 @@ class BlockManager(ManagerViews):
             if due is not NOTHING_DUE:
                 self._publish(holding.seq_id, due)
             return Blocks(taken) if taken else NO_BLOCKS
+        except (AttributeError, TypeError):
+            # Nothing is read of a request any more once something was taken for it.
+            problem = problem_of(request)
+            if problem is None:
+                raise
+            raise problem from None
         finally:
             self._turn.append(None)
 
@@ -351,7 +372,8 @@ class BlockManager(ManagerViews):
             For a bad count or hashes, more tokens than there is room for, or if another request of
             its name holds blocks.
         """
-        name, holding = request.request_id, self._holding_of(request)
+        holding = self._holding_of(request)
+        name = request.request_id
         computed = checked_count(name, "num_computed_tokens", num_computed_tokens)
         if not self.enable_caching or holding is None:
             return
@@ -382,8 +404,20 @@ class BlockManager(ManagerViews):
             del self._holdings[request.request_id]
 
     def evict_blocks(self, block_ids: Iterable[int]) -> None:
-        """Let pages be found no longer; their owners keep them."""
-        self.tables.forget_blocks(list(block_ids))
+        """Let pages be found no longer; their owners keep them.
+
+        Raises
+        ------
+        ArgumentError, ArgumentTypeError
+            If one is no page.
+        """
+        try:
+            pages = list(block_ids)
+        except TypeError:
+            raise ArgumentTypeError(
+                f"block_ids must be several page ids, got {type(block_ids).__name__}"
+            ) from None
+        self.tables.forget_blocks(pages)
 
     def reset_prefix_cache(self) -> bool:
         """Forget every block, unless a request holds pages; return whether it was done."""

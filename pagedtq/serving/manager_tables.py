@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import ArgumentError, UnsupportedError
 from ..paging import PageTables, SharingOptions
+from ..paging.arguments import instance
 
 
 def tables_for(
@@ -13,6 +14,8 @@ def tables_for(
 
     Raises
     ------
+    ArgumentTypeError
+        If they are none.
     ArgumentError
         If they have other pages, a window, or no sharing although caching is on.
     UnsupportedError
@@ -21,6 +24,7 @@ def tables_for(
     if tables is None:
         sharing = SharingOptions() if enable_caching else None
         return PageTables(block_size, num_blocks, sharing=sharing)
+    instance("tables", tables, PageTables)
     if tables.window_tokens or (enable_caching and tables.prefix is None):
         raise ArgumentError(
             "tables of a block manager have no exact window, and sharing if caching is on"

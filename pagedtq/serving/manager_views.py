@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from ..cache.reports import CacheCounters, CacheStats, cache_counters, cache_stats
+from ..errors import ArgumentTypeError
 from ..paging import PageTables
 from .request import Blocks, Holding, Request
-from .request_checks import another_request
+from .request_checks import another_request, problem_of
 
 
 class ManagerViews:
@@ -35,7 +36,12 @@ class ManagerViews:
 
     def sequence_of(self, request_id: str) -> int | None:
         """Return the sequence of a request in `tables`, None if it holds nothing."""
-        holding = self._holdings.get(request_id)
+        try:
+            holding = self._holdings.get(request_id)
+        except TypeError:
+            raise ArgumentTypeError(
+                f"request_id must be a name, got {type(request_id).__name__}"
+            ) from None
         return None if holding is None else holding.seq_id
 
     def get_block_ids(self, request_id: str) -> tuple[list[int]]:
@@ -66,7 +72,13 @@ class ManagerViews:
 
     def _holding_of(self, request: Request) -> Holding | None:
         """Return what a request holds; refuse another one of its name."""
-        holding = self._holdings.get(request.request_id)
+        try:
+            holding = self._holdings.get(request.request_id)
+        except (AttributeError, TypeError):
+            problem = problem_of(request)
+            if problem is None:
+                raise
+            raise problem from None
         if holding is not None and holding.request is not request:
             raise another_request(request.request_id)
         return holding

@@ -15,7 +15,7 @@ token sits the step out (`Preempting._hold_back`) if the page is on its way.
 from __future__ import annotations
 
 from ..errors import StepError
-from ..paging.arguments import Int64
+from ..paging.arguments import Int64, instance
 from ..paging.page_tables import PageTables
 from ..paging.swap_plan import SwapPlan
 from .jobs import Entry, Job, Move, Outcome
@@ -51,6 +51,7 @@ class Moving(SchedulerState):
 
         Without a cache, those of ``page_bytes`` and ``window_slot_bytes``.
         """
+        instance("plan", plan, SwapPlan)
         return plan.pages.size * self._page_bytes + plan.window_slots.size * self._slot_bytes
 
     def _report(self, plan: SwapPlan, outcome: Outcome) -> None:

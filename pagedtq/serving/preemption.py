@@ -19,10 +19,11 @@ makes the prefill rate fall with length; give the rate at the length in question
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Literal
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError
+from ..paging.arguments import instance, integer, real
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,11 @@ class PreemptionCosts:
 
     def __post_init__(self) -> None:
         for name in ("out_rate", "in_rate", "prefill_rate", "overlap", "latency"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ArgumentTypeError(f"{name} must be a number, got {type(value).__name__}")
+            given = getattr(self, name)
+            value = real(name, given, -inf)
             if not isfinite(value) or value < 0 or (name.endswith("rate") and value == 0):
                 bound = "positive" if name.endswith("rate") else "not negative"
-                raise ArgumentError(f"{name} must be {bound} and finite, got {value}")
+                raise ArgumentError(f"{name} must be {bound} and finite, got {given}")
         if self.overlap > 1:
             raise ArgumentError(f"overlap must be in [0, 1], got {self.overlap}")
 
@@ -99,15 +99,12 @@ def choose_preemption(
 
     Raises
     ------
-    ArgumentError
-        If a number is negative, or a part is larger than the whole.
+    ArgumentError, ArgumentTypeError
+        If a number is negative or none, or a part is larger than the whole.
     """
-    for name, part, whole in (
-        ("num_found", num_found, num_tokens),
-        ("num_bytes_shared", num_bytes_shared, num_bytes),
-    ):
-        if not 0 <= part <= whole:
-            raise ArgumentError(f"{name} must be in [0, {whole}], got {part}")
+    instance("costs", costs, PreemptionCosts)
+    integer("num_found", num_found, 0, integer("num_tokens", num_tokens, 0))
+    integer("num_bytes_shared", num_bytes_shared, 0, integer("num_bytes", num_bytes, 0))
     if not host_has_room:
         return "recompute"
     swap = costs.swap_seconds(num_bytes - num_bytes_shared)

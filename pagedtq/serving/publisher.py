@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..errors import ArgumentTypeError, EventsError, UnsupportedError
-from ..paging.arguments import integer
+from ..paging.arguments import integer, real
 from .events import AllBlocksCleared, BlockRemoved, BlockStored, KVCacheEvent, KVEventBatch
 
 if TYPE_CHECKING:
@@ -31,6 +31,12 @@ if TYPE_CHECKING:
 NUMBER_BYTES = 8
 #: What stands in place of a number behind the last replayed batch.
 END = (-1).to_bytes(NUMBER_BYTES, "big", signed=True)
+
+
+#: Most that is counted in a socket's options, and the longest wait in them: milliseconds in int32.
+MOST, MAX_SECONDS = 1 << 29, 2_000_000
+#: A time stamp is a number of seconds that float64 tells from the next one.
+MAX_STAMP = 1 << 52
 
 
 def load_zmq() -> ModuleType:
@@ -48,6 +54,23 @@ def load_zmq() -> ModuleType:
             'events over sockets need pyzmq: pip install "pagedtq[events]"'
         ) from error
     return zmq
+
+
+def check_names(endpoint: str, replay_endpoint: str | None, topic: str) -> None:
+    """Refuse endpoints and topics that are no text.
+
+    Raises
+    ------
+    ArgumentTypeError
+        Naming the parameter.
+    """
+    for name, value in (
+        ("endpoint", endpoint),
+        ("replay_endpoint", "" if replay_endpoint is None else replay_endpoint),
+        ("topic", topic),
+    ):
+        if not isinstance(value, str):
+            raise ArgumentTypeError(f"{name} must be text, got {type(value).__name__}")
 
 
 class EventPublisher:
@@ -75,6 +98,8 @@ class EventPublisher:
 
     Raises
     ------
+    ArgumentError, ArgumentTypeError
+        For a bad name or number.
     EventsError
         If an endpoint cannot be bound.
     UnsupportedError
@@ -93,8 +118,15 @@ class EventPublisher:
         linger_s: float = 1.0,
     ) -> None:
         zmq = load_zmq()
+        check_names(endpoint, replay_endpoint, topic)
+        if data_parallel_rank is not None:
+            integer("data_parallel_rank", data_parallel_rank, 0, MOST)
+        high_water_mark = integer("high_water_mark", high_water_mark, 1, MOST)
+        linger_s = real("linger_s", linger_s, 0, MAX_SECONDS)
+        kept = integer("num_kept", num_kept, 0, MOST)
         self.topic, self.data_parallel_rank = topic, data_parallel_rank
-        kept = integer("num_kept", num_kept, 0) if replay_endpoint is not None else 0
+        if replay_endpoint is None:
+            kept = 0
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=kept)
         self._encoder = msgspec.msgpack.Encoder()
         self._next = 0
@@ -105,7 +137,7 @@ class EventPublisher:
         self._thread: threading.Thread | None = None
         try:
             self._socket = self._context.socket(zmq.PUB)
-            self._socket.sndhwm = integer("high_water_mark", high_water_mark, 1)
+            self._socket.sndhwm = high_water_mark
             self.endpoint = _bind(self._socket, endpoint)
             self.replay_endpoint: str | None = None
             if replay_endpoint is not None:
@@ -139,11 +171,17 @@ class EventPublisher:
 
         Raises
         ------
-        ArgumentTypeError
-            If one is no event; nothing is published then.
+        ArgumentError, ArgumentTypeError
+            If one is no event, or ``ts`` no time; nothing is published then.
         EventsError
             If the publisher is closed.
         """
+        try:
+            events = list(events)
+        except TypeError:
+            raise ArgumentTypeError(f"expected events, got {type(events).__name__}") from None
+        if ts is not None:
+            ts = real("ts", ts, -MAX_STAMP, MAX_STAMP)
         for event in events:
             if not isinstance(event, KVCacheEvent):
                 raise ArgumentTypeError(f"expected events, got {type(event).__name__}")
@@ -153,7 +191,7 @@ class EventPublisher:
             if not events:
                 return None
             stamp = time.time() if ts is None else ts
-            batch = KVEventBatch(stamp, list(events), self.data_parallel_rank)
+            batch = KVEventBatch(stamp, events, self.data_parallel_rank)
             payload = self._encoder.encode(batch)
             number = self._next
             # A PUB socket drops what a subscriber has no room for instead of waiting.

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..paging.arguments import Int32, integer
+from ..paging.arguments import NO_SEQUENCES, Int32, instance, integer
 from ..paging.block_keys import BlockHasher, extras_of, token_array
 
 INT32_MIN, INT32_MAX = -(1 << 31), (1 << 31) - 1
@@ -63,6 +63,11 @@ class ServedRequest:
         As in `PageTables.open`.
     skip_reading_prefix_cache : bool
         Compute everything, but publish it.
+
+    Raises
+    ------
+    ArgumentError, ArgumentTypeError
+        For a bad name, tokens, hasher, salt or keys.
     """
 
     def __init__(
@@ -75,11 +80,14 @@ class ServedRequest:
         extra_keys: Mapping[int, bytes] | None = None,
         skip_reading_prefix_cache: bool = False,
     ) -> None:
+        if not isinstance(request_id, str):
+            raise ArgumentTypeError(f"request_id must be a name, got {type(request_id).__name__}")
         self.request_id = request_id
         self.num_computed_tokens = 0
         self.skip_reading_prefix_cache = skip_reading_prefix_cache
         try:
-            self._hasher, self._extras = hasher, extras_of(salt, extra_keys)
+            self._hasher = instance("hasher", hasher, BlockHasher)
+            self._extras = extras_of(salt, extra_keys)
         except (ArgumentError, ArgumentTypeError) as error:
             raise type(error)(f"request {request_id}: {error}") from error
         tokens = token_array(f"request {request_id}: token_ids", token_ids)
@@ -138,11 +146,23 @@ class ServedRequest:
 
 
 class Blocks:
-    """Page ids of consecutive blocks, with the verbs of vLLM's block lists (one cache group)."""
+    """Page ids of consecutive blocks, with the verbs of vLLM's block lists (one cache group).
+
+    Raises
+    ------
+    ArgumentTypeError
+        If they are no sequence.
+    """
 
     __slots__ = ("page_ids",)
 
     def __init__(self, page_ids: Sequence[int] = ()) -> None:
+        if type(page_ids) is not list and (
+            not hasattr(page_ids, "__len__") or isinstance(page_ids, NO_SEQUENCES)
+        ):
+            raise ArgumentTypeError(
+                f"page_ids must be a sequence of page ids, got {type(page_ids).__name__}"
+            )
         self.page_ids = page_ids
 
     @property

@@ -8,13 +8,15 @@ from typing import TypeAlias
 import numpy as np
 
 from ..errors import ArgumentError, ArgumentTypeError
-from ..paging.arguments import ONLY_BYTES, ONLY_INT, Int32, integer
+from ..paging.arguments import ONLY_BYTES, ONLY_INT, Int32, integer, shown
 from ..paging.block_keys import token_array
 from .request import Blocks, Request
 
 #: Keys and, for whoever is told, tokens of blocks that are to be published.
 Due: TypeAlias = tuple[list[bytes], Int32 | None]
 NOTHING_DUE: Due = [], None
+#: What every request has.
+REQUIRED = "request_id", "num_tokens", "num_computed_tokens", "block_hashes"
 
 
 def blocks_due(
@@ -146,11 +148,34 @@ def checked_fraction(name: str, value: float) -> float:
         If it is not.
     """
     number: object = value
-    if isinstance(number, bool | np.bool_) or not isinstance(number, int | float | np.number):
+    if isinstance(number, bool | np.bool_) or not isinstance(
+        number, int | float | np.integer | np.floating
+    ):
         raise ArgumentTypeError(f"{name} must be a number in [0, 1), got {type(value).__name__}")
     if not 0.0 <= value < 1.0:
-        raise ArgumentError(f"{name} must be in [0, 1), got {value}")
+        got = shown(value) if isinstance(value, int) else value
+        raise ArgumentError(f"{name} must be in [0, 1), got {got}")
     return value
+
+
+def problem_of(request: object) -> ArgumentTypeError | None:
+    """Return why an object is no request, once something about it went wrong; None if it is one.
+
+    A call that reads requests as if they were sound asks this when an attribute was not there, or
+    a name was not one. Nothing was taken by then.
+    """
+    missing = [name for name in REQUIRED if not hasattr(request, name)]
+    if missing:
+        return ArgumentTypeError(
+            f"a request has {', '.join(REQUIRED)}; {type(request).__name__} has no "
+            f"{', '.join(missing)}"
+        )
+    name = request.request_id  # type: ignore[attr-defined]
+    try:
+        hash(name)
+    except TypeError:
+        return ArgumentTypeError(f"request_id must be a name, got {type(name).__name__}")
+    return None
 
 
 def checked_count(request_id: str, name: str, value: int) -> int:

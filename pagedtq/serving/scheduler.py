@@ -23,9 +23,10 @@ import numpy as np
 
 from ..errors import (
     ArgumentError,
+    ArgumentTypeError,
     StepError,
 )
-from ..paging.arguments import Int32, Int64
+from ..paging.arguments import MAX_TOKENS, Int32, Int64, integer
 from ..paging.exclusive import exclusive
 from ..paging.page_tables import PageTables
 from ..paging.shared_prefixes import Tokens
@@ -68,9 +69,9 @@ class Scheduler(Continuation):
 
     Raises
     ------
-    ArgumentError
-        If the tables share whole prompts, so that nothing would be left to sample from, or costs
-        are to be compared and not known.
+    ArgumentError, ArgumentTypeError
+        If the tables share whole prompts, so that nothing would be left to sample from, costs are
+        to be compared and not known, or a parameter is of the wrong type.
 
     Notes
     -----
@@ -97,6 +98,7 @@ class Scheduler(Continuation):
 
     def pages_ahead(self, num_steps: int) -> Int64:
         """Return the pages that decoding takes in all after each of the next steps."""
+        num_steps = integer("num_steps", num_steps, 0, MAX_TOKENS)
         if self._ahead is not None and num_steps <= self._ahead.size:
             return self._ahead[:num_steps]
         return self._batch.pages_taken(num_steps)
@@ -141,9 +143,15 @@ class Scheduler(Continuation):
         ------
         StepError
             If a step is open.
+        ArgumentError, ArgumentTypeError
+            If ``choose_steps`` cannot be called, or returns no number that was allowed.
         ConcurrentCallError
             If another call is at work in the scheduler or in the tables.
         """
+        if choose_steps is not None and not callable(choose_steps):
+            raise ArgumentTypeError(
+                f"choose_steps must be callable, got {type(choose_steps).__name__}"
+            )
         if self._open is not None or self.tables.has_open_step:
             raise StepError("schedule must wait: a step is open, update or abort it first")
         self._close_rest()
@@ -208,6 +216,7 @@ class Scheduler(Continuation):
             steps = choose_steps(most)
         finally:
             self._ahead = None
+        steps = integer("the steps chosen", steps, -MAX_TOKENS, MAX_TOKENS)
         if not 1 <= steps <= most:
             raise ArgumentError(f"expected to take 1 to {most} steps as one, got {steps}")
         return steps

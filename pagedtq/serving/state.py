@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import ArgumentError, ConcurrentCallError, StepError
-from ..paging.arguments import Bools, Int32, Int64
+from ..errors import ArgumentError, ArgumentTypeError, ConcurrentCallError, StepError
+from ..paging.arguments import Bools, Int32, Int64, instance, integer
 from ..paging.exclusive import Turn
 from ..paging.layout import PageLayout
 from ..paging.page_tables import PageTables
@@ -23,6 +23,8 @@ from .running_batch import RunningBatch, TokenRows
 if TYPE_CHECKING:
     from ..cache import PagedKVCache
 
+#: No page or window has more.
+MAX_BYTES = 1 << 62
 NO_TOKENS: Int32 = np.empty(0, np.int32)
 
 
@@ -41,13 +43,25 @@ class SchedulerState:
         start_swap: Callable[[SwapPlan], object] | None = None,
     ) -> None:
         self._cache = cache
-        self.tables: PageTables = cache if isinstance(cache, PageTables) else cache.tables
+        tables = cache if isinstance(cache, PageTables) else getattr(cache, "tables", None)
+        if not isinstance(tables, PageTables):
+            raise ArgumentTypeError(
+                f"cache must be PageTables or a PagedKVCache, got {type(cache).__name__}"
+            )
+        self.tables: PageTables = tables
+        self.options = instance(
+            "options", SchedulerOptions() if options is None else options, SchedulerOptions
+        )
+        if costs is not None:
+            instance("costs", costs, PreemptionCosts)
+        for name, size in (("page_bytes", page_bytes), ("window_slot_bytes", window_slot_bytes)):
+            if size is not None:
+                integer(name, size, 0, MAX_BYTES)
         if self.tables.sharing is not None and not self.tables.sharing.leave_last:
             raise ArgumentError(
                 "a scheduler samples from the last token of a prompt, so that it must be computed: "
                 "use SharingOptions(leave_last=True)"
             )
-        self.options = options or SchedulerOptions()
         if not isinstance(cache, PageTables):
             layout = PageLayout(cache.config)
             page_bytes = layout.page_bytes if page_bytes is None else page_bytes

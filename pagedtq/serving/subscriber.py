@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ..errors import EventsError, EventsLost, ReplayTimeout
-from ..paging.arguments import integer
+from ..paging.arguments import integer, real
 from .events import KVEventBatch
-from .publisher import END, NUMBER_BYTES, load_zmq
+from .publisher import END, MAX_SECONDS, NUMBER_BYTES, check_names, load_zmq
 
 if TYPE_CHECKING:
     import zmq
@@ -50,6 +50,8 @@ class EventSubscriber:
 
     Raises
     ------
+    ArgumentError, ArgumentTypeError
+        For a bad name or number.
     EventsError
         If an endpoint is malformed.
     UnsupportedError
@@ -72,10 +74,13 @@ class EventSubscriber:
         silence_s: float = 1.0,
     ) -> None:
         module = load_zmq()
+        check_names(endpoint, replay_endpoint, topic)
+        replay_timeout_s = real("replay_timeout_s", replay_timeout_s, 0, MAX_SECONDS)
+        silence_s = real("silence_s", silence_s, 0, MAX_SECONDS)
         self.endpoint, self.replay_endpoint = endpoint, replay_endpoint
         self.replay_timeout_s, self.silence_s = replay_timeout_s, silence_s
         self._decoder = msgspec.msgpack.Decoder(KVEventBatch)
-        self._expected = None if start is None else integer("start", start, 0)
+        self._expected = None if start is None else integer("start", start, 0, (1 << 63) - 1)
         self._newest = -1
         # A past is fetched at once, so that a late joiner need not wait for the next batch.
         self._behind = start is not None and replay_endpoint is not None
@@ -111,6 +116,8 @@ class EventSubscriber:
 
         Raises
         ------
+        ArgumentError, ArgumentTypeError
+            If ``timeout_s`` is no time.
         EventsLost
             If batches are missing for good. The next call goes on behind them.
         ReplayTimeout
@@ -120,6 +127,8 @@ class EventSubscriber:
         """
         if self._context.closed:
             raise EventsError(f"the subscriber to {self.endpoint} is closed")
+        if timeout_s is not None:
+            timeout_s = real("timeout_s", timeout_s, 0, MAX_SECONDS)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             if self._behind:
