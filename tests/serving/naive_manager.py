@@ -126,6 +126,8 @@ class NaiveManager:
         freed = self.drop(held.pages[keep:])
         del held.pages[keep:]
         held.room, held.published = length, min(held.published, length // self.size)
+        # Nothing is hidden of nothing: what is read begins at or before the end.
+        held.hidden = held.hidden and length > 0
         if held.taint is not None:
             cleared = length <= held.taint and not held.hidden
             held.taint = None if cleared else min(held.taint, length)
