@@ -24,7 +24,7 @@ class ExtractedSequences(NamedTuple):
     ----------
     image : SequenceImage
         The sequences.
-    pages : int32[num_pages]
+    pages : int32[n]
         Page of the pool of each page of the image.
     slots : int32[num_rings]
         Window slot of each ring of the image.
@@ -45,7 +45,7 @@ class AdoptionPlan(NamedTuple):
     ----------
     image : SequenceImage
         The sequences.
-    pages : int32[num_pages]
+    pages : int32[n]
         Page of the pool for each page of the image.
     slots : int32[num_rings]
         Window slot for each ring of the image.
