@@ -28,7 +28,7 @@ from .host_bounds import PageBounds
 from .host_score import PageStats, Scores
 from .paged_backend import PagedBackend
 from .queries import check_query_shapes, check_scale, without_chunk
-from .read_checks import check_owners, check_ranges, check_table, window_owners
+from .read_checks import check_ranges, check_table, checked_owners, window_owners
 
 Array = npt.NDArray[Any]
 
@@ -286,8 +286,7 @@ class CudaBackend(PagedBackend):
         lens = self._counts(queries, reads, q_lens, window_left)
         check_scale(sm_scale, soft_cap)
         refuse_cap(soft_cap)
-        owners = window_owners((window_slots, sink_records), len(lens))
-        check_owners(owners, reads, self.config)
+        owners = checked_owners((window_slots, sink_records), reads, self.config)
         array, kind = self.operands.queries(queries)
         into = State(*self._results(queries))
         span = WindowSpan(without_chunk(reads, lens) if chunk_apart else reads, lens, owners)

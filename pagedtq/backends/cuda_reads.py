@@ -108,7 +108,7 @@ class StepReads:
         changed = self._packed.changed()
         # Bytes that were sent were looked at, but without a window nobody asked for its slots.
         if changed or (window is not None and not self.has_window):
-            check_pages(block_table, reads, self._config.page_size, self._config.num_pages)
+            check_pages(block_table, reads, self._config)
             if owners is not None:
                 check_owners(owners, reads, self._config)
         if changed:

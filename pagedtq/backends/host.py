@@ -20,14 +20,7 @@ from .host_score import PageStats, Scores, page_stats
 from .host_window import WindowStore
 from .paged_backend import PagedBackend
 from .queries import QueryTokens, check_queries, check_scale, without_chunk
-from .read_checks import (
-    Owners,
-    check_owners,
-    check_pages,
-    check_ranges,
-    check_table,
-    window_owners,
-)
+from .read_checks import check_pages, check_ranges, check_table, checked_owners
 from .states import add_sink
 from .tokens import TokenBatch, check_ring_rows, check_slots
 from .workers import Workers
@@ -237,7 +230,10 @@ class HostBackend(PagedBackend):
                 raise ArgumentError("keys and values of the chunk come together, got only one")
             check_shape(keys, "keys", (len(tokens.last), None, None), "one row per query token")
             chunk = one.check(keys, values, None)
-        window = self._followed(layer, block_table, reads, window)
+        check_pages(block_table, reads, self.config)
+        if window is not None:
+            self.window(layer)  # refuses a layer without one
+            window = checked_owners(window, reads, self.config)
         state = one.attend(tokens, block_table, reads, sm_scale, soft_cap, chunk, window)
         return add_sink(*_by_query_head(*state), sink_logits)
 
@@ -265,8 +261,7 @@ class HostBackend(PagedBackend):
         check_ranges(reads)
         tokens = self._tokens(queries, reads, q_lens, window_left)
         check_scale(sm_scale, soft_cap)
-        owners = window_owners((window_slots, sink_records), len(tokens.q_lens))
-        check_owners(owners, reads, self.config)
+        owners = checked_owners((window_slots, sink_records), reads, self.config)
         if chunk_apart:
             reads = without_chunk(reads, tokens.q_lens)
         state = self._layer(layer).attend_window(tokens, reads, sm_scale, soft_cap, owners)
@@ -293,11 +288,12 @@ class HostBackend(PagedBackend):
         one = self._layer(layer)
         check_table(block_table, reads)
         tokens = self._tokens(queries, reads, None, None)
-        window = self._followed(layer, block_table, reads, window)
-        scores = one.score(tokens, block_table, reads)
+        check_pages(block_table, reads, self.config)
         if window is None:
-            return scores
-        return self.window(layer).add_scores(scores, queries, *window, reads)
+            return one.score(tokens, block_table, reads)
+        store = self.window(layer)
+        owners = checked_owners(window, reads, self.config)
+        return store.add_scores(one.score(tokens, block_table, reads), queries, *owners, reads)
 
     def page_stats(self, scores: Scores, sm_scale: float = 1.0) -> PageStats:
         """Reduce `score`'s result to a maximum and a softmax mass per page; see `page_stats`."""
@@ -324,7 +320,7 @@ class HostBackend(PagedBackend):
         one = self._layer(layer)
         check_table(block_table, reads)
         tokens = self._tokens(queries, reads, None, None)
-        self._followed(layer, block_table, reads, None)
+        check_pages(block_table, reads, self.config)
         return one.score_bounds(tokens, block_table, reads)
 
     def norm_ratios(self, layer: int, pages: Array) -> Array:
@@ -391,18 +387,6 @@ class HostBackend(PagedBackend):
 
     def _layer(self, layer: int) -> HostLayer:
         return self.layers[integer("layer", layer, 0, self.config.num_layers - 1)]
-
-    def _followed(
-        self, layer: int, block_table: Array, reads: Reads, window: tuple[Array, Array] | None
-    ) -> Owners | None:
-        """Check where a table of checked shape and a layer's window lead; return the window."""
-        check_pages(block_table, reads, self.config.page_size, self.config.num_pages)
-        if window is None:
-            return None
-        self.window(layer)  # refuses a layer without one
-        owners = window_owners(window, len(reads.kv_lens))
-        check_owners(owners, reads, self.config)
-        return owners
 
     def _tokens(
         self, queries: Array, reads: Reads, q_lens: Array | None, window_left: int | None

@@ -59,7 +59,7 @@ def check_table(block_table: Array, reads: Reads) -> None:
         )
 
 
-def check_pages(block_table: Array, reads: Reads, page_size: int, num_pages: int) -> None:
+def check_pages(block_table: Array, reads: Reads, config: CacheConfig) -> None:
     """Refuse what would be read outside a page table (of checked shape) or the pool.
 
     Raises
@@ -67,7 +67,7 @@ def check_pages(block_table: Array, reads: Reads, page_size: int, num_pages: int
     ArgumentError
         A sequence is longer than its row; a block that is read has no page of the pool.
     """
-    blocks = block_table.shape[1]
+    blocks, page_size, num_pages = block_table.shape[1], config.page_size, config.num_pages
     longest = int(np.minimum(reads.stop, reads.kv_lens).max(initial=0))
     if longest > blocks * page_size:
         raise ArgumentError(
@@ -137,6 +137,13 @@ def check_owners(owners: Owners, reads: Reads, config: CacheConfig) -> None:
                 f"{name} must not be -1 where exact rows are read, got -1 for sequence "
                 f"{without[0]} of the batch"
             )
+
+
+def checked_owners(window: Any, reads: Reads, config: CacheConfig) -> Owners:
+    """Return `window_owners` of a batch that passed `check_owners`."""
+    owners = window_owners(window, len(reads.kv_lens))
+    check_owners(owners, reads, config)
+    return owners
 
 
 def _check_integers(name: str, array: Any) -> None:
