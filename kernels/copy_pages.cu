@@ -5,7 +5,8 @@
 // bytes     2 page_bytes per page
 // host twin PageBytes.copy (pagedtq/backends/host_pages.py)
 //
-// Rings and sink records are copied by the same kernel: a pool of one layer whose pages they are.
+// Rings could be copied as the pages of a pool of one layer; the backend copies rings and sink records
+// by array indexing instead (CudaWindow.copy_slots, copy_records).
 
 #include "move.cuh"
 

@@ -7,7 +7,7 @@ timed, and walks every stage where there is no GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,10 @@ class ListingDevice:
     def __init__(self, arch: int = 90, multiprocessors: int = 132) -> None:
         self.name, self.arch, self.multiprocessors = "no device", arch, multiprocessors
         self.launches: dict[tuple[Any, ...], Launch] = {}
+
+    def active(self) -> nullcontext[None]:
+        """Nothing to choose from."""
+        return nullcontext()
 
     def empty(self, shape: Any, dtype: Any) -> Any:
         """Allocate."""

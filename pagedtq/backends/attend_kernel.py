@@ -25,6 +25,11 @@ from .stream_formats import (
 #: Largest head dim whose partial outputs, of 16 query rows, fit a block's static shared memory.
 MAX_HEAD_DIM = 512
 
+#: Soft caps that the kernels compute. Above, ``cap * (1 - 2 / (1 + exp(2 x / cap)))`` cancels: a
+#: logit is wrong by up to 1e-6 of the cap with a device's approximate exponentials. Below, ``1 /
+#: cap`` nears the end of float32.
+MIN_SOFT_CAP, MAX_SOFT_CAP = 1e-6, 1000.0
+
 
 class AttendKernel(NamedTuple):
     """A specialisation of the attention kernel.
@@ -152,6 +157,21 @@ def attend_kernel(
         cuda_cores,
         int8_values,
     )
+
+
+def refuse_cap(soft_cap: float | None) -> None:
+    """Refuse soft caps that the kernels do not compute well.
+
+    Raises
+    ------
+    UnsupportedError
+        Naming those that they do.
+    """
+    if soft_cap is not None and not MIN_SOFT_CAP <= soft_cap <= MAX_SOFT_CAP:
+        raise UnsupportedError(
+            f"the CUDA backend supports soft caps of {MIN_SOFT_CAP:g} to {MAX_SOFT_CAP:g}, got "
+            f"{soft_cap:g}: pass None where no logit comes near the cap, or use backend='host'"
+        )
 
 
 def _require_int8(stream: str, codec: Codec, head_dim: int, arch: int) -> None:

@@ -12,6 +12,9 @@ from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, UnsupportedError
 from ..paging.arguments import integer
 from ..paging.table_views import Reads
+from .attend_buffers import State
+from .attend_kernel import refuse_cap
+from .cuda_exact import WindowSpan, attend_window
 from .cuda_kept_plans import KeptPlans
 from .cuda_layer import CudaLayer, refuse_unsupported
 from .cuda_operands import DeviceTokens, Operands
@@ -24,7 +27,8 @@ from .dtypes import STORAGE
 from .host_bounds import PageBounds
 from .host_score import PageStats, Scores
 from .paged_backend import PagedBackend
-from .queries import check_query_shapes, check_scale
+from .queries import check_query_shapes, check_scale, without_chunk
+from .read_checks import check_ranges, check_table, checked_owners, window_owners
 
 Array = npt.NDArray[Any]
 
@@ -152,17 +156,22 @@ class CudaBackend(PagedBackend):
             self.device.launch(launch)
 
     def seal(self, layer: int, ring_rows: Any, slot_mapping: Any) -> None:
-        """Encode tokens of the exact window into page slots; see `HostBackend.seal`."""
-        if len(ring_rows):
-            index = self.operands.index
-            launch = self.layers[layer].tokens.seal(
-                self.window(layer).ring, index(ring_rows), index(slot_mapping)
-            )
-            self.device.launch(launch)
+        """Encode tokens of the exact window into page slots; see `HostBackend.seal`.
+
+        Rows and mappings on the device are trusted as those of `store` are: a negative slot skips
+        its row.
+        """
+        ring = self.window(layer).ring
+        rows, slots = self.operands.sealed(ring_rows, slot_mapping, self.page_owners)
+        if len(rows):
+            index, tokens = self.operands.index, self.layers[layer].tokens
+            self.device.launch(tokens.seal(ring, index(rows), index(slots)))
 
     def write_bounds(self, layer: int, pages: Any) -> None:
         """Write the key bounds of full pages, where the configuration has them."""
-        one = self.layers[layer]
+        one = self.layer(layer)
+        if self.device.adopt(pages, "pages") is None:
+            self.pages.check(pages)
         if one.has_bounds and len(pages):
             self.device.launch(one.tokens.write_bounds(self.operands.index(pages)))
 
@@ -225,21 +234,19 @@ class CudaBackend(PagedBackend):
         """
         if alibi_slopes is not None:
             raise UnsupportedError("ALiBi is not supported: alibi_slopes must be None")
-        config = self.config
         self.layer(layer)
-        lens = check_query_shapes(
-            queries, reads, q_lens, config.num_kv_heads, config.head_dim, window_left
-        )
+        check_table(block_table, reads)
+        lens = self._counts(queries, reads, q_lens, window_left)
         check_scale(sm_scale, soft_cap)
-        if not len(lens):
-            shape = queries.shape
-            return self.device.empty(shape, np.float32), self.device.empty(shape[:2], np.float32)
+        refuse_cap(soft_cap)
         if window is not None:
             self.window(layer)
+        if not len(lens):
+            return self._results(queries)
         chunk = 0 if keys is None and values is None else int(lens.max())
         shape = len(lens), int(lens.sum()), block_table.shape[1]
         plan = self._plans.of_shape(self, *shape, chunk, window is not None)
-        plan.update(block_table, reads, lens, window)
+        plan.update(block_table, reads, q_lens, window)
         return plan.attend(
             layer,
             queries,
@@ -250,6 +257,43 @@ class CudaBackend(PagedBackend):
             sink_logits=sink_logits,
             window_left=window_left,
         )
+
+    def attend_window(
+        self,
+        layer: int,
+        queries: Any,
+        window_slots: Array,
+        sink_records: Array,
+        reads: Reads,
+        sm_scale: float,
+        q_lens: Array | None = None,
+        *,
+        chunk_apart: bool = False,
+        soft_cap: float | None = None,
+        window_left: int | None = None,
+    ) -> tuple[DeviceArray, DeviceArray]:
+        """Attend exactly over sinks and ring of a batch; see `HostBackend.attend_window`.
+
+        Slots, records and ranges are sent when they differ from those of the last calls.
+
+        Returns
+        -------
+        out : array of float32 ``[tokens, num_q_heads, head_dim]``
+        lse : array of float32 ``[tokens, num_q_heads]``
+        """
+        self.window(layer)
+        check_ranges(reads)
+        lens = self._counts(queries, reads, q_lens, window_left)
+        check_scale(sm_scale, soft_cap)
+        refuse_cap(soft_cap)
+        owners = checked_owners((window_slots, sink_records), reads, self.config)
+        array, kind = self.operands.queries(queries)
+        into = State(*self._results(queries))
+        span = WindowSpan(without_chunk(reads, lens) if chunk_apart else reads, lens, owners)
+        attend_window(
+            self, layer, array, kind, span, reads.kv_lens, sm_scale, window_left, soft_cap, into
+        )
+        return into.out, into.lse
 
     def score(
         self,
@@ -267,20 +311,23 @@ class CudaBackend(PagedBackend):
         Scores
             ``values`` on the device, ``indptr`` and ``positions`` on the host.
         """
-        config = self.config
         self.layer(layer)
-        lens = check_query_shapes(queries, reads, None, config.num_kv_heads, config.head_dim, None)
+        check_table(block_table, reads)
+        lens = self._counts(queries, reads, None, None)
+        if window is not None:
+            self.window(layer)
+            window = window_owners(window, len(lens))
         if not len(lens):
             empty = self.device.empty((queries.shape[1], 0), np.float32)
             return Scores(empty, np.zeros(1, np.int64), np.zeros(0, np.int64))
         shape = len(lens), len(lens), block_table.shape[1]
         plan = self._plans.of_shape(self, *shape, 0, window is not None)
-        plan.update(block_table, reads, lens, window)
+        plan.update(block_table, reads, None, window)
         return score(self, plan, layer, queries, block_table, reads, window)
 
     def page_stats(self, scores: Scores, sm_scale: float = 1.0) -> PageStats:
         """Reduce `score`'s result to a maximum and a softmax mass per page, as NumPy arrays."""
-        return page_stats(self.device, scores, self.config.page_size, sm_scale)
+        return page_stats(self.operands, scores, self.config.page_size, sm_scale)
 
     def score_bounds(
         self, layer: int, queries: Any, block_table: Array, reads: Reads
@@ -295,6 +342,8 @@ class CudaBackend(PagedBackend):
     def load(self, layer: int, slots: Any, dtype: Dtype = "f32") -> tuple[DeviceArray, DeviceArray]:
         """Decode page slots; see `HostBackend.load`. Results are of type ``dtype``."""
         one = self.layer(layer)
+        if not isinstance(dtype, str) or dtype not in STORAGE:
+            raise ArgumentError(f"dtype must be one of {', '.join(STORAGE)}, got {dtype!r}")
         index = self.operands.slots(slots, self.page_owners, None)
         shape = (len(index), self.config.num_kv_heads, self.config.head_dim)
         keys, values = (self.device.empty(shape, STORAGE[dtype]) for _ in range(2))
@@ -321,6 +370,16 @@ class CudaBackend(PagedBackend):
         return self.pages.swap_in(swapped, pages)
 
     # -- parts -------------------------------------------------------------------------------
+
+    def _results(self, queries: Any) -> tuple[DeviceArray, DeviceArray]:
+        shape = queries.shape
+        return self.device.empty(shape, np.float32), self.device.empty(shape[:2], np.float32)
+
+    def _counts(
+        self, queries: Any, reads: Reads, q_lens: Array | None, window_left: int | None
+    ) -> npt.NDArray[np.int64]:
+        heads, dim = self.config.num_kv_heads, self.config.head_dim
+        return check_query_shapes(queries, reads, q_lens, heads, dim, window_left)
 
     def layer(self, layer: int) -> CudaLayer:
         """Return the launches and tables of a layer; ``ArgumentError`` if there is none."""

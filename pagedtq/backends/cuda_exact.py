@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..config import Dtype
+from ..paging.table_views import Reads
 from .attend_buffers import NO_STATE, State
 from .attend_launches import merge_dense
 from .chunk_pages import chunk_layout, chunk_reads, chunk_table
 from .cuda_operands import DeviceTokens
 from .cuda_reads import StepReads, WorkArrays
 from .device import DeviceArray
+from .read_checks import Owners
 
 if TYPE_CHECKING:
     from .cuda import CudaBackend
@@ -53,6 +55,53 @@ class ChunkPart:
         """Store chunks into the scratch pages at ``slots``, and attend over them."""
         self._scratch.write(0, chunk, slots)
         self._plan.attend(0, queries, **options)
+
+
+class WindowSpan(NamedTuple):
+    """What is read of the exact windows of a batch, checked, on the host.
+
+    Attributes
+    ----------
+    reads : Reads
+        The read ranges, without the chunk where that is attended to apart.
+    q_lens : ndarray of int64 ``[batch]``
+        Query tokens of each sequence.
+    owners : tuple of ndarray of int64 ``[batch]``
+        Window slots and sink records.
+    """
+
+    reads: Reads
+    q_lens: npt.NDArray[np.int64]
+    owners: Owners
+
+
+def attend_window(
+    backend: CudaBackend,
+    layer: int,
+    queries: DeviceArray,
+    kind: Dtype,
+    span: WindowSpan,
+    lengths: npt.NDArray[np.int64],
+    sm_scale: float,
+    window_left: int | None,
+    soft_cap: float | None,
+    into: State,
+) -> None:
+    """Attend over the exact windows of a batch alone; ``lengths`` are the sequences' own."""
+    one, constant = backend.layer(layer), backend.operands.constant
+    batch = len(lengths)
+    starts = np.concatenate(([0], np.cumsum(span.q_lens)))
+    # Two arrays, which the layers of a step have in common.
+    places = constant(np.array([*span.reads, lengths], np.int64))
+    small = constant(np.concatenate((starts, *span.owners)).astype(np.int32))
+    owners = small[batch + 1 : 2 * batch + 1], small[2 * batch + 1 :]
+    assert one.window is not None
+    backend.device.launch(
+        one.attention.attend_window(
+            queries, kind, places[:5], places[5], small[: batch + 1], owners,
+            (one.window.ring, one.window.sink), sm_scale, window_left, soft_cap, into,
+        )
+    )  # fmt: skip
 
 
 class ExactParts:

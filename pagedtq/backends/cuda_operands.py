@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import CacheConfig, Dtype
-from ..errors import ArgumentError, ArgumentTypeError
-from .device import Device, DeviceArray
+from ..errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from ..paging.arguments import integers
+from .device import Adopted, Device, DeviceArray
 from .dtypes import check_range, check_shape, kind_of_dtype, widen
-from .tokens import Codecs, check_slots, check_tokens
+from .tokens import Codecs, check_ring_rows, check_slots, check_tokens
 
 Array = npt.NDArray[Any]
 
@@ -115,9 +116,60 @@ class Operands:
             check_range(widen(self.device.download(array), kind), "queries", "f32")
         return self.contiguous(array), kind
 
+    def floats(self, array: Any, name: str) -> DeviceArray:
+        """Bring floats of checked shape to the device, contiguous; there they are float32."""
+        adopted = self.device.adopt(array, name)
+        if adopted is None:
+            if array.dtype.kind != "f":
+                raise ArgumentTypeError(f"{name} must be floats, got {array.dtype}")
+            return self.device.upload(array.astype(np.float32))
+        if adopted.array.dtype != np.float32:
+            raise ArgumentTypeError(
+                f"{name} on the device must be float32, got {adopted.array.dtype}"
+            )
+        return self.contiguous(adopted.array)
+
+    def sink_logits(self, sink_logits: Any, num_q_heads: int) -> DeviceArray:
+        """Check a learned sink's logits ``[num_q_heads]`` and bring them to the device."""
+        check_shape(sink_logits, "sink_logits", (num_q_heads,), "one per query head")
+        adopted = self.device.adopt(sink_logits, "sink_logits")
+        host = sink_logits
+        if adopted is not None:
+            array = self.floats(sink_logits, "sink_logits")
+            if not self.validate:
+                return array
+            host = self.device.download(array)
+        if host.dtype.kind != "f":
+            raise ArgumentTypeError(f"sink_logits must be floats, got {host.dtype}")
+        if not (host < np.inf).all():
+            raise NonFiniteError(f"sink_logits must be finite or -inf, got {host}")
+        return self.constant(host.astype(np.float32)) if adopted is None else array
+
+    def sealed(self, ring_rows: Any, slots: Any, owners: Array | None) -> tuple[Any, Any]:
+        """Check rows of rings and the page slots they go to, where they lie on the host.
+
+        Returns
+        -------
+        ring_rows, slots
+            For `index`: host arrays as ``int64[n]``, those on the device as they came.
+        """
+        rows, rows_on_host = self._looked_at(ring_rows, "ring_rows")
+        mapping, mapping_on_host = self._looked_at(slots, "slot_mapping")
+        if rows_on_host is not None:
+            rows_on_host = integers("ring_rows", rows_on_host)
+        rows = rows_on_host if rows is None else rows
+        if mapping_on_host is not None:
+            mapping_on_host = check_slots(self.config, owners, mapping_on_host, len(rows))
+        mapping = mapping_on_host if mapping is None else mapping
+        if len(mapping) != len(rows):
+            raise ArgumentError(f"slot_mapping must have {len(rows)} entries, got {len(mapping)}")
+        if rows_on_host is not None:
+            check_ring_rows(self.config, rows_on_host, mapping_on_host)
+        return rows, mapping
+
     def slots(self, slots: Any, owners: Array | None, count: int | None) -> DeviceArray:
         """Check page slots (see `check_slots`) and bring them to the device."""
-        adopted = self.device.adopt(slots, "slots")
+        adopted = self._adopted(slots, "slots")
         if adopted is None:
             return self.index(check_slots(self.config, owners, slots, count))
         if self.validate:
@@ -155,6 +207,18 @@ class Operands:
             self._kept.popitem(last=False)
         return array
 
+    def _looked_at(self, indices: Any, name: str) -> tuple[DeviceArray | None, Any]:
+        """Return indices as they lie on the device, if they do, and those that can be looked at."""
+        adopted = self._adopted(indices, name)
+        if adopted is None:
+            return None, indices
+        array = self.index(adopted.array)
+        return array, self.device.download(array) if self.validate else None
+
+    def _adopted(self, indices: Any, name: str) -> Adopted | None:
+        """Adopt what may be a sequence of integers as well, as on the host."""
+        return None if isinstance(indices, list | tuple) else self.device.adopt(indices, name)
+
     def contiguous(self, array: DeviceArray) -> DeviceArray:
         """Return a device array whose elements lie side by side, itself if they do."""
         return array if array.flags.c_contiguous else self._copied(array)
@@ -167,7 +231,8 @@ class Operands:
 
     def _copied(self, array: DeviceArray) -> DeviceArray:
         copy = self.device.empty(array.shape, array.dtype)
-        copy[...] = array
+        with self.device.active():
+            copy[...] = array
         return copy
 
 

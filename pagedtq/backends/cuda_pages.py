@@ -83,8 +83,9 @@ class CudaPages(SlabRules):
         self.check(pages)
         if len(pages):
             ids = self._operands.index(pages)
-            for layer in range(len(self._layout.extents)):
-                self._layout.layer_view(self._pool, layer)[ids] = byte
+            with self._device.active():
+                for layer in range(len(self._layout.extents)):
+                    self._layout.layer_view(self._pool, layer)[ids] = byte
 
     def gather(self, pages: Array, out: Array | None = None) -> Any:
         """Copy pages into slabs ``uint8[len(pages), page_bytes]``.
@@ -146,6 +147,10 @@ class CudaPages(SlabRules):
         self.check(pages)
         shape = (len(pages), self._layout.page_bytes)
         check_shape(swapped.slabs, "slabs", shape, "pages, page bytes")
+        if swapped.slabs.dtype != np.uint8:
+            raise ArgumentTypeError(f"slabs must be uint8, got {swapped.slabs.dtype}")
+        if not swapped.slabs.flags.c_contiguous:
+            raise ArgumentError("slabs must be contiguous: their bytes are copied as they lie")
         slabs = self._device.empty(shape, np.uint8)
         # The copy out may have been issued on another stream.
         swapped.event.synchronize()

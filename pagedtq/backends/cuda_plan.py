@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import Dtype
-from ..errors import ArgumentError, ArgumentTypeError, NonFiniteError
+from ..errors import ArgumentError, ArgumentTypeError
 from ..paging.table_views import Reads
 from .attend_buffers import QueryRows, State, Units
-from .attend_kernel import AttendKernel, attend_kernel
+from .attend_kernel import AttendKernel, attend_kernel, refuse_cap
 from .attend_launches import AttentionLaunches
 from .cuda_exact import ExactParts
 from .cuda_operands import DeviceTokens
@@ -84,8 +84,11 @@ class AttendPlan:
         Raises
         ------
         ArgumentError
-            For another shape than the plan's, or ranges that reach a block that the table does not
-            have, or a page that the pool does not have.
+            For another shape than the plan's, counts that are negative, ranges that reach a block
+            that the table does not have, or a page that the pool does not have, and window slots
+            that do not hold what is read.
+        ArgumentTypeError
+            For tables, ranges, counts or slots that are not integers.
         """
         self._step.update(block_table, reads, q_lens, window)
         self._exact.update()
@@ -126,13 +129,17 @@ class AttendPlan:
         config = backend.config
         lens = self._step.q_lens
         check_query_shapes(
-            queries, self._current(), lens, config.num_kv_heads, config.head_dim, window_left
-        )
+            queries, self._current(), self._step.counts, config.num_kv_heads, config.head_dim,
+            window_left,
+        )  # fmt: skip
         check_scale(sm_scale, soft_cap)
+        refuse_cap(soft_cap)
         num_q_heads = queries.shape[1]
         group = num_q_heads // config.num_kv_heads
         chunk = self._chunk(layer, keys, values, dtype)
-        sinks = self._sink_logits(sink_logits, num_q_heads)
+        sinks = None
+        if sink_logits is not None:
+            sinks = backend.operands.sink_logits(sink_logits, num_q_heads)
         into = self._results(out, lse, num_q_heads)
         if not into.lse.size:
             return into.out, into.lse
@@ -201,23 +208,6 @@ class AttendPlan:
             raise ArgumentError("this plan was made for steps without keys and values of the chunk")
         check_shape(keys, "keys", (self._step.tokens, None, None), "one row per query token")
         return self._backend.check(layer, keys, values, dtype)
-
-    def _sink_logits(self, sink_logits: Any, num_q_heads: int) -> DeviceArray | None:
-        if sink_logits is None:
-            return None
-        check_shape(sink_logits, "sink_logits", (num_q_heads,), "one per query head")
-        adopted = self._device.adopt(sink_logits, "sink_logits")
-        if adopted is not None:
-            if adopted.array.dtype != np.float32:
-                raise ArgumentTypeError(
-                    f"sink_logits on the device must be float32, got {adopted.array.dtype}"
-                )
-            return adopted.array
-        if sink_logits.dtype.kind != "f":
-            raise ArgumentTypeError(f"sink_logits must be floats, got {sink_logits.dtype}")
-        if not (sink_logits < np.inf).all():
-            raise NonFiniteError(f"sink_logits must be finite or -inf, got {sink_logits}")
-        return self._backend.operands.constant(sink_logits.astype(np.float32))
 
     def _results(self, out: Any, lse: Any, num_q_heads: int) -> State:
         shape = (self._step.tokens, num_q_heads, self._backend.config.head_dim)

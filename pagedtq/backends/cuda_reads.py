@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 from ..config import CacheConfig
 from ..errors import ArgumentError
+from ..paging.arguments import token_counts
 from ..paging.table_views import Reads
 from .attend_buffers import ReadBuffers
 from .chunk_pages import chunk_slots
 from .device import Device, DeviceArray
 from .packed_upload import PackedUpload
 from .queries import without_chunk
+from .read_checks import check_owners, check_pages, check_table, window_owners
 
 Array = npt.NDArray[Any]
 
@@ -41,6 +43,8 @@ class StepReads:
         What was brought last, on the host.
     q_lens : ndarray of int64 ``[batch]``
         Query tokens of each sequence.
+    counts : ndarray of int64 ``[batch]`` or None
+        The same where they were given: only then does a sequence need as many tokens.
     version : int
         Grows when something was sent.
     """
@@ -54,7 +58,7 @@ class StepReads:
         max_blocks: int,
         chunk_tokens: int,
     ) -> None:
-        self._page_size, self._num_pages = config.page_size, config.num_pages
+        self._config = config
         self.batch, self.tokens, self.max_blocks = batch, tokens, max_blocks
         self.chunk_tokens = chunk_tokens
         fields: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {
@@ -74,39 +78,45 @@ class StepReads:
         self.on = self._packed.device
         self.reads: Reads | None = None
         self.q_lens: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self.counts: npt.NDArray[np.int64] | None = None
         self.has_window = False
         self.version = 0
 
     def update(self, block_table: Array, reads: Reads, q_lens: Array | None, window: Any) -> None:
         """Bring a step's tables and ranges; see `AttendPlan.update`."""
-        lens = np.ones(self.batch, np.int64) if q_lens is None else np.asarray(q_lens, np.int64)
-        blocks = block_table.shape[1]
-        if (len(reads.kv_lens), int(lens.sum())) != (self.batch, self.tokens) or (
-            blocks > self.max_blocks
-        ):
+        check_table(block_table, reads)
+        batch, blocks = block_table.shape
+        lens = token_counts("q_lens", 1 if q_lens is None else q_lens, batch)
+        if (batch, int(lens.sum())) != (self.batch, self.tokens) or blocks > self.max_blocks:
             raise ArgumentError(
                 f"this plan is for {self.batch} sequences, {self.tokens} query tokens and at most "
-                f"{self.max_blocks} blocks, got {len(reads.kv_lens)}, {lens.sum()} and {blocks}"
+                f"{self.max_blocks} blocks, got {batch}, {lens.sum()} and {blocks}"
             )
         if self.chunk_tokens and lens.max(initial=0) > self.chunk_tokens:
             raise ArgumentError(
                 f"this plan is for chunks of at most {self.chunk_tokens} tokens, got {lens.max()}"
             )
+        owners = None if window is None else window_owners(window, batch)
         host = self._packed.host
         host["table"][:, :blocks], host["table"][:, blocks:] = block_table, 0
         np.cumsum(lens, out=host["query_starts"][1:])
         host["reads"][...] = reads
-        slots, records = (-1, -1) if window is None else window
+        slots, records = (-1, -1) if owners is None else owners
         host["window_slots"][...], host["sink_records"][...] = slots, records
         if self.chunk_tokens:
             self._chunk_fields(reads, lens)
         changed = self._packed.changed()
+        # Bytes that were sent were looked at, but without a window nobody asked for its slots.
+        if changed or (window is not None and not self.has_window):
+            check_pages(block_table, reads, self._config)
+            if owners is not None:
+                check_owners(owners, reads, self._config)
         if changed:
-            self._refuse_wild_pages(block_table, reads)
             # What was planned for the old ranges is stale from the first copy on.
             self.version += 1
             self._packed.send(changed)
         self.reads, self.q_lens, self.has_window = reads, lens, window is not None
+        self.counts = None if q_lens is None else lens
 
     def buffers(self, reads: str) -> ReadBuffers:
         """Return what the pages' kernels read, with one of the ranges."""
@@ -122,25 +132,6 @@ class StepReads:
         host["body_reads"][...] = apart._replace(kv_lens=reads.kv_lens)
         host["window_reads"][...] = apart
         host["chunk_slots"][...] = chunk_slots(lens, self.chunk_tokens)
-
-    def _refuse_wild_pages(self, table: Array, reads: Reads) -> None:
-        """Refuse what would make a kernel read outside the page table or the pool."""
-        size = self._page_size
-        longest = int(np.minimum(reads.stop, reads.kv_lens).max(initial=0))
-        if longest > table.shape[1] * size:
-            raise ArgumentError(
-                f"block_table must have {-(-longest // size)} blocks for {longest} tokens, "
-                f"got {table.shape[1]}"
-            )
-        begin = np.arange(table.shape[1]) * size
-        end = begin + size
-        touched = (begin < reads.stop[:, None]) & (end > reads.first[:, None])
-        touched &= (begin < reads.keep[:, None]) | (end > reads.start[:, None])
-        bad = table[touched & ((table < 0) | (table >= self._num_pages))]
-        if bad.size:
-            raise ArgumentError(
-                f"pages must be in [0, {self._num_pages - 1}], got {bad[0]} in block_table"
-            )
 
 
 class WorkArrays:

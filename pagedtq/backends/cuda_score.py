@@ -8,8 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..paging.table_views import Reads
+from .cuda_operands import Operands
 from .cuda_window import CudaWindow
-from .device import Device, DeviceArray
+from .device import DeviceArray
+from .dtypes import check_shape
 from .host_score import PageStats, Scores
 from .score_places import page_stats as stats_launch
 from .score_places import score_starts, stats_places
@@ -81,9 +83,10 @@ def score(
     values = plan.score(layer, queries, places.indptr, block_starts)
     if window is not None and store is not None:
         array, kind = backend.operands.queries(queries)
-        wide = array.astype(np.float32)
-        if kind == "bf16":
-            wide = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        with backend.device.active():
+            wide = array.astype(np.float32)
+            if kind == "bf16":
+                wide = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
         for ring, chosen, slots in (
             (False, places.sinks, window[1]),
             (True, places.ring, window[0]),
@@ -92,8 +95,13 @@ def score(
     return Scores(values, places.indptr, places.positions)
 
 
-def page_stats(device: Device, scores: Scores, page_size: int, sm_scale: float) -> PageStats:
+def page_stats(operands: Operands, scores: Scores, page_size: int, sm_scale: float) -> PageStats:
     """Reduce scores on the device; what comes to the host is a number or two per head and page."""
+    device = operands.device
+    check_shape(
+        scores.values, "scores.values", (None, len(scores.positions)), "query heads, positions"
+    )
+    values = operands.floats(scores.values, "scores.values")
     batch = len(scores.indptr) - 1
     blocks = scores.positions // page_size
     stride = int(blocks.max(initial=-1)) + 1
@@ -106,9 +114,7 @@ def page_stats(device: Device, scores: Scores, page_size: int, sm_scale: float) 
         starts = scores.indptr, (counts.cumsum(axis=1) - counts).astype(np.int64)
         places = device.upload(starts[0]), device.upload(starts[1])
         device.launch(
-            stats_launch(
-                scores.values, places, device.upload(pages.numbers), maximum, mass, sm_scale
-            )
+            stats_launch(values, places, device.upload(pages.numbers), maximum, mass, sm_scale)
         )
     return PageStats(device.download(maximum), device.download(mass), pages.indptr, pages.blocks)
 
@@ -131,6 +137,8 @@ def _fill(
         owners = places.owners[piece]
         keys, _ = window.positions(ring, slots[owners], places.positions[piece])
         heads, dim = keys.shape[1:]
-        grouped = queries[upload(owners)].reshape(piece.size, heads, -1, dim)
-        products = (grouped * keys[:, :, None]).sum(axis=3).reshape(piece.size, -1)
-        values[:, upload(piece)] = products.T
+        rows, into = upload(owners), upload(piece)
+        with backend.device.active():
+            grouped = queries[rows].reshape(piece.size, heads, -1, dim)
+            products = (grouped * keys[:, :, None]).sum(axis=3).reshape(piece.size, -1)
+            values[:, into] = products.T

@@ -67,7 +67,9 @@ class CudaWindow:
         self, ring: bool, owners: Array, positions: Array
     ) -> tuple[DeviceArray, DeviceArray]:
         """Return float32 keys and values ``[n, num_kv_heads, head_dim]`` of rows of any owners."""
-        both = self._widen(self._flat(ring)[self._rows(ring, owners, positions)])
+        rows = self._rows(ring, owners, positions)
+        with self._device.active():
+            both = self._widen(self._flat(ring)[rows])
         both = both.reshape(len(positions), self.config.num_kv_heads, 2, self.config.head_dim)
         return both[:, :, 0], both[:, :, 1]
 
@@ -78,7 +80,9 @@ class CudaWindow:
         -------
         ndarray ``[num_kv_heads, 2, len(rows), head_dim]``
         """
-        taken = self._flat(ring)[self._rows(ring, np.full(len(rows), owner), rows)]
+        index = self._rows(ring, np.full(len(rows), owner), rows)
+        with self._device.active():
+            taken = self._flat(ring)[index]
         shape = (len(rows), self.config.num_kv_heads, 2, self.config.head_dim)
         return self._device.download(taken).reshape(shape).transpose(1, 2, 0, 3)
 
@@ -86,7 +90,9 @@ class CudaWindow:
         """Write what `take_rows` returned, here or elsewhere."""
         flat = np.ascontiguousarray(data.transpose(2, 0, 1, 3)).reshape(-1, self.config.head_dim)
         index = self._rows(ring, np.full(len(rows), owner), rows)
-        self._flat(ring)[index] = self._device.upload(flat)
+        content = self._device.upload(flat)
+        with self._device.active():
+            self._flat(ring)[index] = content
 
     def copy_slots(self, src: Array, dst: Array) -> None:
         """Copy whole rings."""
@@ -98,7 +104,9 @@ class CudaWindow:
 
     def _copy(self, store: DeviceArray, src: Array, dst: Array) -> None:
         if len(src):
-            store[self._operands.index(dst)] = store[self._operands.index(src)]
+            old, new = map(self._operands.index, (src, dst))
+            with self._device.active():
+                store[new] = store[old]
 
     def _flat(self, ring: bool) -> DeviceArray:
         store = self.ring if ring else self.sink

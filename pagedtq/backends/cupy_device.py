@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -78,7 +78,14 @@ class CupyDevice:
     @property
     def capturing(self) -> bool:
         """Whether the current stream records launches instead of running them."""
-        return bool(self.xp.cuda.get_current_stream().is_capturing())
+        # Every device has a current stream of its own.
+        with self._device:
+            return bool(self.xp.cuda.get_current_stream().is_capturing())
+
+    def active(self) -> AbstractContextManager[Any]:
+        """Make this device the current one inside, as expressions of its arrays need it."""
+        device: AbstractContextManager[Any] = self._device
+        return device
 
     def empty(self, shape: Shape, dtype: npt.DTypeLike) -> DeviceArray:
         """Allocate an array."""
@@ -127,7 +134,9 @@ class CupyDevice:
         """Copy a contiguous device array into pinned memory, without waiting."""
         self._refuse_capture("copy to the host")
         assert target.nbytes == source.nbytes and source.flags.c_contiguous
-        if source.nbytes:
+        if not source.nbytes:
+            return
+        with self._device:
             stream = self.xp.cuda.get_current_stream()
             source.data.copy_to_host_async(target.ctypes.data, source.nbytes, stream)
 
@@ -191,7 +200,8 @@ class CupyDevice:
 
     def synchronize(self) -> None:
         """Wait for the current stream."""
-        self.xp.cuda.get_current_stream().synchronize()
+        with self._device:
+            self.xp.cuda.get_current_stream().synchronize()
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
@@ -200,7 +210,7 @@ class CupyDevice:
             stream = self.xp.cuda.Stream(non_blocking=True)
             # What was launched before must not race with the first replay's stream.
             stream.wait_event(self.record())
-            graph = _Captured()
+            graph = _Captured(self._device)
             with stream:
                 stream.begin_capture()
                 try:
@@ -241,11 +251,14 @@ class CupyDevice:
 class _Captured:
     """A graph that was captured."""
 
-    graph: Any = None
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self.graph: Any = None
 
     def launch(self) -> None:
         """Run it once more, on the current stream."""
-        self.graph.launch()
+        with self._device:
+            self.graph.launch()
 
 
 class _Staging:

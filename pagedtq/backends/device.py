@@ -75,6 +75,10 @@ class Device(Protocol):
         """Whether the current stream records launches instead of running them."""
         ...
 
+    def active(self) -> AbstractContextManager[Any]:
+        """Make this device the current one inside, as expressions of its arrays need it."""
+        ...
+
     def empty(self, shape: Shape, dtype: npt.DTypeLike) -> DeviceArray:
         """Allocate an array."""
         ...

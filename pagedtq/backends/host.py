@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ..codec.constants import constant_bytes
 from ..config import CacheConfig, Dtype
 from ..errors import ArgumentError, UnsupportedError
-from ..paging.arguments import integer
+from ..paging.arguments import integer, integers
 from ..paging.table_views import Reads
 from .dtypes import check_shape
 from .host_bounds import PageBounds
@@ -20,8 +20,9 @@ from .host_score import PageStats, Scores, page_stats
 from .host_window import WindowStore
 from .paged_backend import PagedBackend
 from .queries import QueryTokens, check_queries, check_scale, without_chunk
+from .read_checks import check_pages, check_ranges, check_table, checked_owners
 from .states import add_sink
-from .tokens import TokenBatch, check_slots
+from .tokens import TokenBatch, check_ring_rows, check_slots
 from .workers import Workers
 
 Array = npt.NDArray[Any]
@@ -133,14 +134,27 @@ class HostBackend(PagedBackend):
         ring_rows : ndarray of int64 ``[n]``
             ``window_slot * window_tokens + row`` of each token.
         slot_mapping : ndarray of int64 ``[n]``
-            Where it goes.
+            Where it goes; negative: skip it, whatever its row.
+
+        Raises
+        ------
+        SlotError
+            A slot on the null page, outside the pool, or twice in the mapping.
+        ArgumentError, ArgumentTypeError
+            A row outside the rings; wrong shape, type or number. Nothing was written.
         """
-        if len(ring_rows):
-            self.write(layer, self.window(layer).read(ring_rows), slot_mapping)
+        window = self.window(layer)
+        rows = integers("ring_rows", ring_rows)
+        slots = check_slots(self.config, self.page_owners, slot_mapping, len(rows))
+        check_ring_rows(self.config, rows, slots)
+        if rows.size:
+            # What goes nowhere may name any row.
+            self.write(layer, window.read(np.where(slots < 0, 0, rows)), slots)
 
     def write_bounds(self, layer: int, pages: Array) -> None:
         """Write the key bounds of full pages, where the configuration has them."""
-        self.layers[layer].write_bounds(pages)
+        self.pages.check(pages)
+        self._layer(layer).write_bounds(pages)
 
     def window(self, layer: int) -> WindowStore:
         """Return the exact window of a layer that has one."""
@@ -207,6 +221,7 @@ class HostBackend(PagedBackend):
         if alibi_slopes is not None:
             raise UnsupportedError("ALiBi is not supported: alibi_slopes must be None")
         one = self._layer(layer)
+        check_table(block_table, reads)
         tokens = self._tokens(queries, reads, q_lens, window_left)
         check_scale(sm_scale, soft_cap)
         chunk = None
@@ -215,8 +230,10 @@ class HostBackend(PagedBackend):
                 raise ArgumentError("keys and values of the chunk come together, got only one")
             check_shape(keys, "keys", (len(tokens.last), None, None), "one row per query token")
             chunk = one.check(keys, values, None)
+        check_pages(block_table, reads, self.config)
         if window is not None:
             self.window(layer)  # refuses a layer without one
+            window = checked_owners(window, reads, self.config)
         state = one.attend(tokens, block_table, reads, sm_scale, soft_cap, chunk, window)
         return add_sink(*_by_query_head(*state), sink_logits)
 
@@ -241,11 +258,12 @@ class HostBackend(PagedBackend):
         tokens' own positions, whose keys and values were given to `attend`.
         """
         self.window(layer)  # refuses a layer without one
+        check_ranges(reads)
         tokens = self._tokens(queries, reads, q_lens, window_left)
         check_scale(sm_scale, soft_cap)
+        owners = checked_owners((window_slots, sink_records), reads, self.config)
         if chunk_apart:
             reads = without_chunk(reads, tokens.q_lens)
-        owners = window_slots, sink_records
         state = self._layer(layer).attend_window(tokens, reads, sm_scale, soft_cap, owners)
         return _by_query_head(*state)
 
@@ -268,10 +286,14 @@ class HostBackend(PagedBackend):
             True inner products ``q . k``: no scale, key means added back.
         """
         one = self._layer(layer)
-        scores = one.score(self._tokens(queries, reads, None, None), block_table, reads)
+        check_table(block_table, reads)
+        tokens = self._tokens(queries, reads, None, None)
+        check_pages(block_table, reads, self.config)
         if window is None:
-            return scores
-        return self.window(layer).add_scores(scores, queries, *window, reads)
+            return one.score(tokens, block_table, reads)
+        store = self.window(layer)
+        owners = checked_owners(window, reads, self.config)
+        return store.add_scores(one.score(tokens, block_table, reads), queries, *owners, reads)
 
     def page_stats(self, scores: Scores, sm_scale: float = 1.0) -> PageStats:
         """Reduce `score`'s result to a maximum and a softmax mass per page; see `page_stats`."""
@@ -296,7 +318,10 @@ class HostBackend(PagedBackend):
             If the layer keeps no bounds: ``key_bounds`` is off, or its keys are exact or polar.
         """
         one = self._layer(layer)
-        return one.score_bounds(self._tokens(queries, reads, None, None), block_table, reads)
+        check_table(block_table, reads)
+        tokens = self._tokens(queries, reads, None, None)
+        check_pages(block_table, reads, self.config)
+        return one.score_bounds(tokens, block_table, reads)
 
     def norm_ratios(self, layer: int, pages: Array) -> Array:
         """Return the mean value-by-key norm ratio of full pages, from the norm planes alone.

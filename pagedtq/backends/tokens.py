@@ -212,6 +212,31 @@ def check_slots(
     return mapping
 
 
+def check_ring_rows(config: CacheConfig, rows: Array, slots: Array | None) -> None:
+    """Refuse rows ``int64[n]`` outside the rings of all window slots.
+
+    Parameters
+    ----------
+    config : CacheConfig
+        Number of window slots and rows of each.
+    rows : ndarray of int64 ``[n]``
+        ``window_slot * window_tokens + row``.
+    slots : ndarray of int64 ``[n]`` or None
+        Where they go; rows that go nowhere (negative) are not looked at. None where that is not
+        known: then negative rows are taken for such.
+
+    Raises
+    ------
+    ArgumentError
+        Naming the first row outside.
+    """
+    total = config.num_window_slots * config.window_tokens
+    used = rows[(rows if slots is None else slots) >= 0]
+    bad = used[(used < 0) | (used >= total)]
+    if bad.size:
+        raise ArgumentError(f"ring_rows must be in [0, {total - 1}], got {bad[0]}")
+
+
 def check_means(key_means: Array | None, config: CacheConfig) -> Float32 | None:
     """Check key means ``[num_layers, num_kv_heads, head_dim]`` and return a read-only copy."""
     if key_means is None:

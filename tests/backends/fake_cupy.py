@@ -10,11 +10,18 @@ import numpy as np
 
 
 class ndarray(np.ndarray):
-    """A device array; its memory is the host's."""
+    """An array on the device that was current when it was made; its memory is the host's."""
+
+    def __array_finalize__(self, source):
+        self.place = getattr(source, "place", Device.current)
+
+    def __setitem__(self, index, value):
+        assert self.place == Device.current, "an expression of another device's array"
+        super().__setitem__(index, value)
 
     @property
     def device(self):
-        return SimpleNamespace(id=0)
+        return SimpleNamespace(id=self.place)
 
     @property
     def data(self):
@@ -37,12 +44,14 @@ def _move(target, source, size, stream):
 
 
 class Stream:
-    """Records what it was asked for."""
+    """Of the device that is current; records what it was asked for."""
 
-    current: Stream
+    #: Every device has a current stream of its own.
+    current: ClassVar[dict[int, Stream]] = {}
 
     def __init__(self, non_blocking=False):
         self.copies, self.waited, self.capture = [], [], None
+        self.synchronized, self.launched, self.place = 0, 0, Device.current
 
     def is_capturing(self):
         return self.capture is not None
@@ -54,18 +63,24 @@ class Stream:
         work, self.capture = self.capture, None
         return SimpleNamespace(launch=lambda: [kernel(*args) for kernel, *args in work])
 
+    @staticmethod
+    def now():
+        """Return the current stream of the current device."""
+        return Stream.current.setdefault(Device.current, Stream())
+
     def wait_event(self, event):
         self.waited.append(event)
 
     def synchronize(self):
-        pass
+        self.synchronized += 1
 
     def __enter__(self):
-        self.before, Stream.current = Stream.current, self
+        self.before = Stream.current.get(self.place)
+        Stream.current[self.place] = self
         return self
 
     def __exit__(self, *error):
-        Stream.current = self.before
+        Stream.current[self.place] = self.before
 
 
 class Event:
@@ -77,7 +92,7 @@ class Event:
         self.stream = None
 
     def record(self, stream=None):
-        self.stream = stream or Stream.current
+        self.stream = stream or Stream.now()
 
     @property
     def done(self):
@@ -143,25 +158,32 @@ class Module:
 
     def get_function(self, name):
         def kernel(grid, block, arguments):
-            if Stream.current.capture is not None:
-                Stream.current.capture.append((kernel, grid, block, arguments))
+            stream = Stream.now()
+            if stream.capture is not None:
+                stream.capture.append((kernel, grid, block, arguments))
             else:
+                stream.launched += 1
                 Module.launched.append((name, grid, block, arguments))
 
         return kernel
 
 
 class Device:
-    """A device by number."""
+    """A device by number; the current one by default."""
+
+    current: ClassVar[int] = 0
+    entered: ClassVar[list[int]] = []
 
     def __init__(self, index=None):
-        self.id = index or 0
+        self.id = Device.current if index is None else index
 
     def __enter__(self):
+        Device.entered.append(Device.current)
+        Device.current = self.id
         return self
 
     def __exit__(self, *error):
-        pass
+        Device.current = Device.entered.pop()
 
 
 def from_dlpack(array):
@@ -170,7 +192,7 @@ def from_dlpack(array):
 
 def make():
     """Return a fresh module."""
-    Stream.current = Stream()
+    Device.current, Device.entered, Stream.current = 0, [], {}
     Compiler.compiled, Compiler.open, Compiler.broken = [], [], ""
     Module.loaded, Module.launched = [], []
     Event.all_done = True
@@ -186,11 +208,11 @@ def make():
             Stream=Stream,
             Event=Event,
             alloc_pinned_memory=bytearray,
-            get_current_stream=lambda: Stream.current,
+            get_current_stream=Stream.now,
             Module=Module,
             nvrtc=Compiler,
             runtime=SimpleNamespace(
-                getDeviceCount=lambda: 1, getDeviceProperties=lambda index: properties
+                getDeviceCount=lambda: 2, getDeviceProperties=lambda index: properties
             ),
         ),
     )

@@ -11,6 +11,8 @@ import pytest
 
 from pagedtq import CacheConfig, PagedKVCache, Polar
 from pagedtq.backends import cupy_device, kernel_cache, why_not_cuda
+from pagedtq.backends.cuda import CudaBackend
+from pagedtq.backends.cuda_operands import Operands
 from pagedtq.backends.cupy_device import CupyDevice
 from pagedtq.backends.page_launches import Launch
 from pagedtq.errors import (
@@ -188,6 +190,55 @@ def test_a_capture_holds_launches_and_refuses_everything_else(device, cupy):
     graph.launch(), graph.launch()
     assert len(cupy.cuda.Module.launched) == 3
     assert not device.capturing
+
+
+def test_a_device_that_is_not_the_current_one_works_on_its_own_stream(cupy):
+    device = CupyDevice(1)
+    here = cupy.cuda.get_current_stream()
+    with cupy.cuda.Device(1):
+        there = cupy.cuda.get_current_stream()
+    assert here is not there
+    array = device.upload(np.arange(12.0).reshape(3, 4))
+    back = device.pinned((3, 4), np.float64)
+    device.copy_out(back, array)
+    assert (here.copies, there.copies) == ([], [96, 96]) and back[2, 3] == 11
+    assert device.record().stream is there
+    device.synchronize()
+    assert (here.synchronized, there.synchronized) == (0, 1)
+    device.launch(launch())
+    # What another device records is no business of this one.
+    here.begin_capture()
+    assert not device.capturing
+    device.upload(np.ones(3))
+    here.end_capture()
+    there.begin_capture()
+    assert device.capturing
+    with pytest.raises(StepError, match="inside a captured graph"):
+        device.upload(np.ones(3))
+    there.end_capture()
+    with device.capture() as graph:
+        device.launch(launch())
+    graph.launch()
+    assert (here.launched, there.launched) == (0, 2)
+    assert cupy.cuda.Device().id == 0
+
+
+def test_expressions_of_arrays_are_computed_on_their_own_device(cupy):
+    device = CupyDevice(1)
+    config = CacheConfig(
+        num_layers=1, num_kv_heads=1, head_dim=64, num_pages=4, window=16, page_size=16
+    )
+    operands = Operands(device, config, False)
+    array = device.upload(np.arange(12.0).reshape(3, 4))
+    assert np.array_equal(operands.contiguous(array[:, ::2]), [[0, 2], [4, 6], [8, 10]])
+    backend = CudaBackend(config, device=device)
+    backend.fill_pages(np.array([2]), 7)
+    window = backend.window(0)
+    rows = np.full((1, 2, 1, 64), 3, window.ring.dtype)
+    window.put_rows(True, 4, np.array([5]), rows)
+    window.copy_slots(np.array([4]), np.array([6]))
+    assert np.array_equal(window.take_rows(True, 6, np.array([5])), rows)
+    assert cupy.cuda.Device().id == 0
 
 
 def test_auto_picks_cuda_where_there_is_a_device_and_kernels(cupy, monkeypatch):

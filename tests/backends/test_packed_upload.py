@@ -15,7 +15,7 @@ from pagedtq.backends import cupy_device
 from pagedtq.backends.cuda_reads import StepReads
 from pagedtq.backends.cupy_device import CupyDevice
 from pagedtq.backends.packed_upload import PackedUpload
-from pagedtq.errors import ArgumentError
+from pagedtq.errors import ArgumentError, ArgumentTypeError
 from pagedtq.paging import PageTables
 
 FIELDS = {
@@ -129,3 +129,45 @@ def test_a_table_that_is_refused_is_not_sent(device):
     assert (copies(device), reads.version) == ([], 1)
     reads.update(tables.block_table(ids), ranges, None, None)
     assert copies(device) == []
+
+
+def test_window_slots_are_looked_at_although_their_bytes_did_not_change(device):
+    config = CacheConfig(
+        num_layers=1, num_kv_heads=1, head_dim=64, num_pages=9, window=16, page_size=16,
+        num_window_slots=4,
+    )  # fmt: skip
+    tables = PageTables(16, 9, window_tokens=16, num_window_slots=4)
+    ids = tables.open_many(2)
+    tables.commit(tables.reserve(ids, 20))
+    reads, table, ranges = (
+        StepReads(device, config, 2, 2, 4, 0), tables.block_table(ids), tables.reads(ids, True)
+    )  # fmt: skip
+    reads.update(table, ranges, None, None)
+    nowhere = np.full(2, -1, np.int32)
+    # As none they were sent already.
+    with pytest.raises(ArgumentError, match=r"window_slots must not be -1 where exact rows"):
+        reads.update(table, ranges, None, (nowhere, nowhere))
+    assert not reads.has_window
+    reads.update(table, ranges, None, (tables.window_slots(ids), nowhere))
+    assert reads.has_window
+
+
+def test_counts_that_a_plan_has_no_room_for_are_refused(device):
+    config = CacheConfig(
+        num_layers=1, num_kv_heads=1, head_dim=64, num_pages=9, window=0, page_size=16
+    )
+    tables = PageTables(16, 9)
+    ids = tables.open_many(2)
+    tables.commit(tables.reserve(ids, 20))
+    reads = StepReads(device, config, 2, 2, 4, 0)
+    table, ranges = tables.block_table(ids), tables.reads(ids, False)
+    with pytest.raises(ArgumentError, match=r"q_lens\[1\] must be in \[0, .*got -1"):
+        reads.update(table, ranges, np.array([3, -1]), None)
+    with pytest.raises(ArgumentTypeError, match="q_lens must be integers, got dtype float64"):
+        reads.update(table, ranges, np.ones(2), None)
+    with pytest.raises(
+        ArgumentError,
+        match="for 2 sequences, 2 query tokens and at most 4 blocks, got 2, 3 and 2",
+    ):
+        reads.update(table, ranges, [2, 1], None)
+    assert (copies(device), reads.version, reads.reads) == ([], 0, None)

@@ -8,7 +8,7 @@ memory is poison. Copies and launches happen at once, so races between streams d
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,9 @@ class HarnessDevice:
     @property
     def capturing(self) -> bool:
         return self._graph is not None
+
+    def active(self):
+        return nullcontext()
 
     def empty(self, shape, dtype):
         array = self._allocate(shape, dtype)
