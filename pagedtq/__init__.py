@@ -13,9 +13,9 @@ from .config import (
     preset,
 )
 from .errors import PagedTQError
+from .paging.block_chain import SharingOptions
 from .paging.evict_lowest import EvictLowest
 from .paging.eviction import KeepFirstLast
-from .paging.shared_prefixes import SharingOptions
 
 __version__ = "0.1.0"
 

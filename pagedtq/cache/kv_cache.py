@@ -10,11 +10,11 @@ import numpy.typing as npt
 from ..backends import BackendFactory, BackendName, select_backend
 from ..config import CacheConfig
 from ..errors import ArgumentTypeError
+from ..paging.block_chain import BlockChain, SharingOptions
 from ..paging.evict_lowest import EvictLowest, plan_free
 from ..paging.eviction import EvictionPlan, EvictionPolicy, apply, apply_all
 from ..paging.page_scores import PageRanking
 from ..paging.page_tables import PageTables
-from ..paging.shared_prefixes import BlockChain, SharingOptions
 from .reads import SeqIds
 from .writes import CacheWrites
 

@@ -1,6 +1,7 @@
 """The control plane: who owns which page and which window slot. Integers only."""
 
 from .adoption import AdoptionPlan, ExtractedSequences
+from .block_chain import SharingOptions
 from .block_keys import BlockHasher
 from .candidates import BlockList, evictable_blocks, sealed_blocks
 from .evict_lowest import EvictLowest, plan_free
@@ -13,7 +14,6 @@ from .page_tables import PageTables
 from .prefix_index import PrefixIndex, PrefixObserver
 from .retention import ByPriority, Retention
 from .sequence_image import SequenceImage, check_image
-from .shared_prefixes import SharingOptions
 from .step_plan import SequenceState, StepPlan
 from .swap_plan import SwapPlan
 from .table_export import TableExport, TableUpdate

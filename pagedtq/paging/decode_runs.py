@@ -12,9 +12,9 @@ import numpy as np
 
 from ..errors import TokenRangeError
 from .arguments import Int32, Int64, Integers, token_counts
+from .block_chain import Tokens
 from .block_keys import token_array
 from .published_blocks import PublishedBlocks
-from .shared_prefixes import Tokens
 from .step_plan import NO_IDS, SequenceState, StepPlan
 
 #: NumPy takes three times as long to add a Python integer to a small array as this.

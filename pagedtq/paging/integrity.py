@@ -12,7 +12,8 @@ from .sequence_rows import AWAY, LEAVING, RETURNING
 from .swap_plan import SwapPlan
 
 if TYPE_CHECKING:
-    from .shared_prefixes import BlockChain, SharedPrefixes
+    from .block_chain import BlockChain
+    from .shared_prefixes import SharedPrefixes
 
 
 def check_tables(tables: SharedPrefixes) -> None:

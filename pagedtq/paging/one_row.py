@@ -12,9 +12,9 @@ import numpy as np
 
 from ..errors import ArgumentError, OutOfPages, StepError
 from .arguments import MAX_TOKENS, ONLY_INT, Int32, integer, integers
+from .block_chain import BlockChain, opaque_keys
 from .block_keys import token_array
 from .exclusive import exclusive
-from .shared_prefixes import BlockChain, opaque_keys
 from .steps import Steps
 
 #: What is looked into without a conversion.

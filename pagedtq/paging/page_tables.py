@@ -15,10 +15,10 @@ from ..errors import ArgumentError, ArgumentTypeError, EvictedError
 from . import integrity
 from .adoption import Adoption
 from .arguments import Int32, Int64, Integers, integer, integers
+from .block_chain import BlockChain, Tokens
 from .exclusive import exclusive
 from .one_row import OneRow
 from .sequence_rows import AWAY
-from .shared_prefixes import BlockChain, Tokens
 from .swaps import Swaps
 
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from ..errors import ArgumentError, TokenRangeError
 from .arguments import Bools, Int32, Int64, ranges
+from .block_chain import NO_TOKENS, BlockChain, Tokens
 from .block_keys import token_array
-from .shared_prefixes import NO_TOKENS, BlockChain, SharedPrefixes, Tokens
+from .shared_prefixes import SharedPrefixes
 from .step_plan import NO_IDS
 
 

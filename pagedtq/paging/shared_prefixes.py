@@ -17,23 +17,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import ArgumentError
 from .arguments import Int32, Int64, instance, integer
-from .block_keys import (
-    RAW_TOKENS,
-    BlockHasher,
-    HashName,
-    extras_of,
-    key_list,
-    token_array,
-    unknown_hash,
-)
+from .block_chain import BlockChain, SharingOptions, Tokens, opaque_keys
+from .block_keys import RAW_TOKENS, BlockHasher, extras_of, token_array
 from .exclusive import exclusive
 from .prefix_index import PrefixIndex
 from .swap_plan import HostPool, SwappedRow, SwapPlan
@@ -42,68 +33,6 @@ from .twins import Twins
 
 if TYPE_CHECKING:
     from .retention import Retention
-
-Tokens = Sequence[int] | npt.NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
-class SharingOptions:
-    """How prefixes are shared.
-
-    Parameters
-    ----------
-    algorithm : {"sha256", "blake2b"}
-        Hash of the blocks' tokens.
-    leave_last : bool
-        Never find the whole of a prompt: at least its last token is computed again, so that there
-        is a query to begin with.
-    verify_tokens : bool
-        Compare the tokens of every block that is found with those wanted.
-
-    Raises
-    ------
-    ArgumentError, ArgumentTypeError
-        If there is no such hash, or a choice is not True or False.
-    """
-
-    algorithm: HashName = "sha256"
-    leave_last: bool = True
-    verify_tokens: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.algorithm, str) or self.algorithm not in get_args(HashName):
-            raise unknown_hash(self.algorithm)
-        for name in ("leave_last", "verify_tokens"):
-            instance(name, getattr(self, name), bool)
-
-
-@dataclass(slots=True)
-class BlockChain:
-    """What is known of one sequence's blocks.
-
-    Attributes
-    ----------
-    keys : list of bytes
-        Keys of the leading blocks, possibly of more than there are yet.
-    extras : dict of block to bytes
-        What salt and extra keys add to the hashes.
-    prompt : int32[n]
-        Tokens announced when the sequence was opened.
-    opaque : bool
-        Whether the caller makes the keys.
-    num_tokens : int
-        Tokens that were announced, known or not; what is found stays below.
-    """
-
-    keys: list[bytes]
-    extras: dict[int, bytes] = field(default_factory=dict)
-    prompt: Int32 = field(default_factory=lambda: NO_TOKENS)
-    opaque: bool = False
-    num_tokens: int = 0
-
-    def copy(self) -> BlockChain:
-        """Return a chain that grows on its own."""
-        return BlockChain(list(self.keys), self.extras, self.prompt, self.opaque, self.num_tokens)
 
 
 class SharedPrefixes(TableViews):
@@ -399,11 +328,3 @@ class SharedPrefixes(TableViews):
         self.windows.release_records(freed[~held])
         self.windows.rest_records(freed[held])
         return freed
-
-
-def opaque_keys(block_keys: Sequence[bytes] | bytes | str) -> list[bytes]:
-    """Return keys made by the caller as a list; see `key_list`."""
-    return key_list("block_keys", block_keys)
-
-
-NO_TOKENS: Int32 = np.empty(0, np.int32)

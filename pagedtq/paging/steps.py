@@ -6,11 +6,11 @@ import numpy as np
 
 from ..errors import OutOfPages, OutOfWindowSlots, StepError
 from .arguments import Bools, Int32, Int64, Integers, ranges, token_counts
+from .block_chain import Tokens
 from .decode_runs import DecodeRuns
 from .exclusive import calls_met, exclusive
 from .published_blocks import NO_MEMBERS
 from .sequence_rows import LEAVING
-from .shared_prefixes import Tokens
 from .step_plan import NO_COPIES, PageCopies, SequenceState, StepPlan
 
 

@@ -10,7 +10,8 @@ from .generation import (
     SchedulerStats,
     StepOutput,
 )
-from .manager import BlockManager, PrefixCacheStats
+from .manager import BlockManager
+from .manager_lookups import PrefixCacheStats
 from .preemption import PreemptionCosts, choose_preemption
 from .publisher import EventPublisher
 from .request import Blocks, Request, ServedRequest

@@ -9,8 +9,8 @@ import numpy as np
 
 from ..errors import ArgumentError
 from ..paging.arguments import Bools, Int32, Int64, integers
+from ..paging.block_chain import Tokens
 from ..paging.block_keys import token_array
-from ..paging.shared_prefixes import Tokens
 from .generation import FinishedRequest, ScheduledStep
 from .intake import Intake
 from .jobs import Prefill

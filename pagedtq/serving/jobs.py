@@ -6,7 +6,7 @@ import heapq
 from typing import Literal, NamedTuple, TypeAlias
 
 from ..paging.arguments import Int32, Int64
-from ..paging.shared_prefixes import BlockChain
+from ..paging.block_chain import BlockChain
 from ..paging.swap_plan import SwapPlan
 from .generation import Completion, FinishedRequest, GenerationRequest
 

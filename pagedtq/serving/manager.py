@@ -18,15 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import msgspec
-
 from ..errors import ArgumentError, ArgumentTypeError, OutOfPages, StepError
 from ..paging import PageTables
 from ..paging.arguments import MAX_TOKENS, integer
 from ..paging.exclusive import calls_met, exclusive, unguarded
-from .events import AllBlocksCleared, BlockRemoved, BlockStored, EventLog
+from .events import EventLog
+from .manager_lookups import NO_BLOCKS, ManagerLookups, PrefixCacheStats
 from .manager_tables import tables_for
-from .manager_views import ManagerViews
 from .request import Blocks, Holding, Request
 from .request_checks import (
     NOTHING_DUE,
@@ -42,18 +40,8 @@ from .request_checks import (
     problem_of,
 )
 
-NO_BLOCKS = Blocks()
 
-
-class PrefixCacheStats(msgspec.Struct):
-    """Prefix lookups since the last time: requests, tokens asked for, tokens found."""
-
-    requests: int = 0
-    queries: int = 0
-    hits: int = 0
-
-
-class BlockManager(ManagerViews):
+class BlockManager(ManagerLookups):
     """Gives pages to requests; see the module.
 
     Parameters
@@ -103,16 +91,15 @@ class BlockManager(ManagerViews):
         log_stats: bool = False,
         tables: PageTables | None = None,
     ) -> None:
-        super().__init__(tables_for(num_blocks, block_size, enable_caching, tables))
-        tables = self.tables
-        self.block_size, self.enable_caching = block_size, enable_caching
+        tables = tables_for(num_blocks, block_size, enable_caching, tables)
+        super().__init__(tables, block_size, enable_caching)
         self.max_model_len = (
             None if max_model_len is None else integer("max_model_len", max_model_len, 1)
         )
         self._longest = MAX_TOKENS if self.max_model_len is None else self.max_model_len
         self.watermark_blocks = int(checked_fraction("watermark", watermark) * num_blocks)
-        self._stats = PrefixCacheStats() if log_stats and enable_caching else None
-        self._log: EventLog | None = None
+        if log_stats and enable_caching:
+            self._stats = PrefixCacheStats()
         if enable_events and tables.prefix is not None:
             if tables.prefix.observer is not None:
                 kind = type(tables.prefix.observer).__name__
@@ -122,58 +109,8 @@ class BlockManager(ManagerViews):
                     "tables.prefix.observer to None before"
                 )
             self._log = tables.prefix.observer = EventLog(block_size)
-        # The tables' own turn: a request and its sequence change together.
-        self._turn = tables.turn
         self._open_on, self._close = unguarded(tables.open_on), unguarded(tables.close)
         self._lengthen = unguarded(tables.lengthen)
-
-    # -- looking up --------------------------------------------------------------------------
-
-    @exclusive
-    def make_prefix_cache_stats(self) -> PrefixCacheStats | None:
-        """Return the lookups since the last call; None if they are not counted."""
-        if self._stats is None:
-            return None
-        stats, self._stats = self._stats, PrefixCacheStats()
-        return stats
-
-    @exclusive
-    def take_events(self) -> list[BlockStored | BlockRemoved | AllBlocksCleared]:
-        """Return the events since the last call."""
-        return [] if self._log is None else self._log.take()
-
-    @exclusive
-    def get_computed_blocks(self, request: Request) -> tuple[Blocks, int]:
-        """Return the blocks of a request that are here, and how many tokens they hold.
-
-        The last token is never among them. Nothing is taken: the pages can still be reused until
-        `allocate_slots` gets them.
-
-        Raises
-        ------
-        ArgumentTypeError
-            If a hash is not bytes.
-        """
-        prefix = self.tables.prefix
-        if not self.enable_caching or prefix is None:
-            return NO_BLOCKS, 0
-        if getattr(request, "skip_reading_prefix_cache", False):
-            return NO_BLOCKS, 0
-        try:
-            num_tokens = known_tokens(request)
-        except AttributeError:
-            problem = problem_of(request)
-            if problem is None:
-                raise
-            raise problem from None
-        most = max(num_tokens - 1, 0) // self.block_size
-        pages = prefix.longest(block_hashes(request, 0, most))
-        found = len(pages) * self.block_size
-        if self._stats is not None:
-            self._stats.requests += 1
-            self._stats.queries += num_tokens
-            self._stats.hits += found
-        return Blocks(pages), found
 
     # -- taking ------------------------------------------------------------------------------
 

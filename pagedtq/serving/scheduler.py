@@ -27,9 +27,9 @@ from ..errors import (
     StepError,
 )
 from ..paging.arguments import MAX_TOKENS, Int32, Int64, integer
+from ..paging.block_chain import Tokens
 from ..paging.exclusive import exclusive
 from ..paging.page_tables import PageTables
-from ..paging.shared_prefixes import Tokens
 from ..paging.step_plan import StepPlan
 from .continuation import Continuation
 from .generation import (

@@ -13,8 +13,8 @@ import numpy as np
 
 from ..config import CacheConfig
 from ..errors import RequestTooLarge
+from ..paging.block_chain import SharingOptions
 from ..paging.page_tables import PageTables
-from ..paging.shared_prefixes import SharingOptions
 from ..paging.swap_plan import SwapPlan
 from ..serving.generation import GenerationRequest, ScheduledStep, SchedulerOptions, StepOutput
 from ..serving.scheduler import Scheduler

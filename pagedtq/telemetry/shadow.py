@@ -13,10 +13,10 @@ from ..backends.host_score import Scores
 from ..cache import MemoryReport, PagedKVCache
 from ..config import CacheConfig, Dtype, Exact
 from ..errors import ArgumentError, CapacityError, UnsupportedError
+from ..paging.block_chain import BlockChain
 from ..paging.evict_lowest import EvictLowest
 from ..paging.eviction import EvictionPlan, EvictionPolicy
 from ..paging.page_scores import PageRanking
-from ..paging.shared_prefixes import BlockChain
 from ..paging.step_plan import StepPlan
 from .shadow_errors import LayerHistograms, ShadowReport
 

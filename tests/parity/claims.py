@@ -20,7 +20,7 @@ from pagedtq.errors import (
     StepError,
     UnsupportedError,
 )
-from pagedtq.paging.shared_prefixes import SharingOptions
+from pagedtq.paging import SharingOptions
 from pagedtq.paging.table_views import Reads
 from pagedtq.telemetry import ShadowedCache
 from pagedtq.wire import load_cache, save_cache
