@@ -33,17 +33,8 @@ from pagedtq.paging import (
     sealed_blocks,
 )
 from tests.table_snapshot import snapshot
+from tests.wrong_values import FLOAT, HUGE, INT, NONE, WRONG, cases
 
-WRONG = {
-    "None": None,
-    "an integer": 5,
-    "text": "a",
-    "a fraction": 1.5,
-    "an object": object(),
-    "a list of None": [None],
-    "a huge integer": 10**400,
-}
-NONE, INT, FLOAT, HUGE, TEXT = "None", "an integer", "a fraction", "a huge integer", "text"
 NUMBERS = INT, FLOAT, HUGE
 
 
@@ -278,7 +269,7 @@ def _longer(w):
 
 @pytest.mark.parametrize(
     ("verb", "wrong"),
-    [(verb, wrong) for verb, (_, valid) in VERBS.items() for wrong in WRONG if wrong not in valid],
+    cases(VERBS),
 )
 def test_a_verb_refuses_what_its_parameter_is_not_made_for(verb, wrong):
     w = world()
@@ -294,7 +285,7 @@ def test_a_verb_refuses_what_its_parameter_is_not_made_for(verb, wrong):
 
 @pytest.mark.parametrize(
     ("maker", "wrong"),
-    [(name, wrong) for name, (_, valid) in MAKERS.items() for wrong in WRONG if wrong not in valid],
+    cases(MAKERS),
 )
 def test_nothing_is_made_of_what_its_parameter_is_not_made_for(maker, wrong):
     with pytest.raises(PagedTQError) as caught:

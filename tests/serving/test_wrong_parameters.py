@@ -26,18 +26,8 @@ from pagedtq.serving import (
     choose_preemption,
 )
 from tests.table_snapshot import snapshot
+from tests.wrong_values import FLOAT, HUGE, INT, LIST, NONE, OBJECT, TEXT, WRONG, cases
 
-WRONG = {
-    "None": None,
-    "an integer": 5,
-    "text": "a",
-    "a fraction": 1.5,
-    "an object": object(),
-    "a list of None": [None],
-    "a huge integer": 10**400,
-}
-NONE, INT, FLOAT, HUGE, TEXT = "None", "an integer", "a fraction", "a huge integer", "text"
-LIST, OBJECT = "a list of None", "an object"
 ANY = "tcp://127.0.0.1:*"
 HASHER = BlockHasher(4)
 COSTS = PreemptionCosts(out_rate=1.0, in_rate=1.0, prefill_rate=1.0)
@@ -303,7 +293,7 @@ MAKERS = {
 
 @pytest.mark.parametrize(
     ("verb", "wrong"),
-    [(verb, wrong) for verb, (_, valid) in VERBS.items() for wrong in WRONG if wrong not in valid],
+    cases(VERBS),
 )
 def test_a_verb_refuses_what_its_parameter_is_not_made_for(verb, wrong):
     w = world()
@@ -318,7 +308,7 @@ def test_a_verb_refuses_what_its_parameter_is_not_made_for(verb, wrong):
 
 @pytest.mark.parametrize(
     ("maker", "wrong"),
-    [(name, wrong) for name, (_, valid) in MAKERS.items() for wrong in WRONG if wrong not in valid],
+    cases(MAKERS),
 )
 def test_nothing_is_made_of_what_its_parameter_is_not_made_for(maker, wrong):
     with pytest.raises(PagedTQError) as caught:
