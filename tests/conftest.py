@@ -14,7 +14,9 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["PAGEDTQ_BACKEND"] = "host"
 
 # Claims that several test modules import explain their failures too.
-pytest.register_assert_rewrite("tests.parity.claims", "tests.parity.poison", "tests.parity.twins")
+pytest.register_assert_rewrite(
+    *(f"tests.parity.{name}" for name in ("captures", "claims", "operands", "poison", "twins"))
+)
 
 settings.register_profile(
     "pagedtq",

@@ -90,7 +90,7 @@ def why_not_cuda(config: CacheConfig, accumulate: str = "float32") -> str | None
     config : CacheConfig
         The configuration.
     accumulate : str
-        What the host backend would sum in, see `create_backend`.
+        What the host backend would sum in, see `select_backend`.
     """
     from .cupy_device import missing_cuda
 

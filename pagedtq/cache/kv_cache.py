@@ -151,7 +151,7 @@ class PagedKVCache(CacheWrites):
         UnknownSequence, ArgumentError, ArgumentTypeError
             For bad ids.
         StepError
-            If a step is open.
+            If a step is open, or a sequence is being swapped.
         """
         self._freed(self.tables.close(self._ids(seq_ids)))
 
@@ -173,7 +173,9 @@ class PagedKVCache(CacheWrites):
         UnknownSequence, ArgumentTypeError
             For a bad id.
         StepError
-            If a step is open, or the sequence is swapped out.
+            If a step is open, or the sequence is being swapped.
+        SwappedError
+            If it is swapped out.
         """
         child = self.tables.fork(seq_id)
         self._after_change()

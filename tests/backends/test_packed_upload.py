@@ -113,7 +113,8 @@ def test_a_decode_step_sends_the_lengths_and_the_rows_that_began_a_page(device):
     assert addresses == {name: array.ctypes.data for name, array in reads.on.items()}
 
 
-def test_a_table_that_is_refused_is_not_sent(device):
+def two_sequences(device):
+    """Return tables with two sequences of two pages, their ids, and what reads them."""
     config = CacheConfig(
         num_layers=1, num_kv_heads=1, head_dim=64, num_pages=9, window=0, page_size=16
     )
@@ -121,6 +122,11 @@ def test_a_table_that_is_refused_is_not_sent(device):
     ids = tables.open_many(2)
     tables.commit(tables.reserve(ids, 20))
     reads = StepReads(device, config, 2, 2, 4, 0)
+    return tables, ids, reads
+
+
+def test_a_table_that_is_refused_is_not_sent(device):
+    tables, ids, reads = two_sequences(device)
     ranges = tables.reads(ids, False)
     reads.update(tables.block_table(ids), ranges, None, None)
     copies(device)
@@ -153,13 +159,7 @@ def test_window_slots_are_looked_at_although_their_bytes_did_not_change(device):
 
 
 def test_counts_that_a_plan_has_no_room_for_are_refused(device):
-    config = CacheConfig(
-        num_layers=1, num_kv_heads=1, head_dim=64, num_pages=9, window=0, page_size=16
-    )
-    tables = PageTables(16, 9)
-    ids = tables.open_many(2)
-    tables.commit(tables.reserve(ids, 20))
-    reads = StepReads(device, config, 2, 2, 4, 0)
+    tables, ids, reads = two_sequences(device)
     table, ranges = tables.block_table(ids), tables.reads(ids, False)
     with pytest.raises(ArgumentError, match=r"q_lens\[1\] must be in \[0, .*got -1"):
         reads.update(table, ranges, np.array([3, -1]), None)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tests.parity.captures import *  # noqa: F403
 from tests.parity.cases import Case, all_cases, make_config
 from tests.parity.claims import *  # noqa: F403
+from tests.parity.operands import *  # noqa: F403
 from tests.parity.poison import *  # noqa: F403
 from tests.parity.twins import Twins
 

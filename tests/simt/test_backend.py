@@ -10,8 +10,10 @@ import pytest
 from harness_device import HarnessDevice
 
 from pagedtq import Exact, LayerOverride
+from tests.parity.captures import *  # noqa: F403
 from tests.parity.cases import make_config, small_cases
 from tests.parity.claims import *  # noqa: F403
+from tests.parity.operands import *  # noqa: F403
 from tests.parity.poison import *  # noqa: F403
 from tests.parity.twins import Twins
 
